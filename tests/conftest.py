@@ -1,0 +1,26 @@
+"""Fixtures that every test folder shares."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED_DATA = Path(os.environ.get("D2DENSE_TEST_DATA", ROOT.parent / "shared" / "data"))
+
+
+@pytest.fixture(scope="session")
+def repo_root() -> Path:
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Folder of small real datasets; they are not part of the repository."""
+    if not SHARED_DATA.is_dir():
+        pytest.skip(f"no real test data in {SHARED_DATA} (set D2DENSE_TEST_DATA)")
+    return SHARED_DATA
