@@ -58,9 +58,25 @@ def installed_version(python: str = sys.executable) -> str | None:
 
 def download_carrier(folder: Path) -> Path:
     """Download the carrier wheel into ``folder`` with pip and return its path."""
-    command = [sys.executable, "-I", "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
+    command = [
+        sys.executable,
+        "-I",
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--disable-pip-version-check",
+    ]
     # The carrier declares Python < 3.11; its detectron2 part runs on 3.10 to 3.13.
-    command += ["--no-deps", "--only-binary=:all:", "--python-version", "3.10", "-d", str(folder), CARRIER]
+    command += [
+        "--no-deps",
+        "--only-binary=:all:",
+        "--python-version",
+        "3.10",
+        "-d",
+        str(folder),
+        CARRIER,
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     wheels = sorted(folder.glob("*.whl"))
     if done.returncode or not wheels:
@@ -76,7 +92,9 @@ def _check(carrier: Path) -> None:
     try:
         found = hashlib.sha256(carrier.read_bytes()).hexdigest()
     except OSError as error:
-        raise InstallError(f"cannot read {carrier}: {error.strerror}; pass an existing {CARRIER} wheel") from None
+        raise InstallError(
+            f"cannot read {carrier}: {error.strerror}; pass an existing {CARRIER} wheel"
+        ) from None
     if found != CARRIER_SHA256:
         raise InstallError(
             f"{carrier.name} has sha256 {found}, expected {CARRIER_SHA256}; delete it and download {CARRIER} again"
@@ -110,7 +128,9 @@ def build_wheel(carrier: Path, folder: Path) -> Path:
         "Summary: detectron2 0.6 without compiled operators, unpacked from LabGym 3.1.2\n"
         f"Requires-Python: >=3.10\n{requires}"
     ).encode()
-    files[f"{info}/WHEEL"] = b"Wheel-Version: 1.0\nGenerator: d2dense\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+    files[f"{info}/WHEEL"] = (
+        b"Wheel-Version: 1.0\nGenerator: d2dense\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+    )
     record = [_record_line(name, data) for name, data in files.items()] + [f"{info}/RECORD,,"]
     files[f"{info}/RECORD"] = ("\n".join(record) + "\n").encode()
     folder.mkdir(parents=True, exist_ok=True)
@@ -141,20 +161,36 @@ def local_requirement(folder: Path) -> list[str]:
 
 
 def _install(wheel: Path, constraints: Path | None) -> None:
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", str(wheel)]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--disable-pip-version-check",
+        str(wheel),
+    ]
     if constraints is not None:
         command += ["-c", str(constraints)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["no output"])[-1]
-        raise InstallError(f"pip could not install {wheel.name} ({reason}); check the network and run this again")
+        raise InstallError(
+            f"pip could not install {wheel.name} ({reason}); check the network and run this again"
+        )
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--carrier", type=Path, help=f"use this local {CARRIER} wheel instead of downloading it")
-    parser.add_argument("--wheel-dir", type=Path, help="only build the detectron2 wheel into this folder")
-    parser.add_argument("--constraints", type=Path, help="pip constraints file for detectron2's own requirements")
+    parser.add_argument(
+        "--carrier", type=Path, help=f"use this local {CARRIER} wheel instead of downloading it"
+    )
+    parser.add_argument(
+        "--wheel-dir", type=Path, help="only build the detectron2 wheel into this folder"
+    )
+    parser.add_argument(
+        "--constraints", type=Path, help="pip constraints file for detectron2's own requirements"
+    )
     args = parser.parse_args(argv)
     version = installed_version()
     if version is not None and args.wheel_dir is None:

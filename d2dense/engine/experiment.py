@@ -1,0 +1,354 @@
+"""One adapter per kind of config; both give the trainer, the tools and the tests the same things."""
+
+from __future__ import annotations
+
+import abc
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode, LazyCall, instantiate
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from torch import nn
+
+from d2dense import config
+from d2dense.config import common
+from d2dense.data import classes, datasets, loaders
+from d2dense.errors import UserError, nearest
+from d2dense.evaluation import build_evaluator
+
+from .optim import param_groups
+from .settings import RunSettings
+
+__all__ = ["Experiment", "LazyExperiment", "YamlExperiment", "experiment"]
+
+
+def experiment(cfg: CfgNode | DictConfig, *, device: str | None = None) -> Experiment:
+    """Return the adapter for ``cfg``, after registering its datasets and settling its class counts.
+
+    Args:
+        cfg: what :func:`d2dense.config.load` returns; a copy is kept, so the caller's stays as it is.
+        device: replaces the config's device.
+
+    Raises:
+        UserError: datasets, class counts or settings that do not fit together.
+    """
+    adapter = LazyExperiment if config.kind_of(cfg) == "lazy" else YamlExperiment
+    return adapter(cfg, device=device)
+
+
+class Experiment(abc.ABC):
+    """Everything a run needs, built from one config.
+
+    Attributes:
+        cfg: the resolved config (custom datasets in place, class counts as numbers).
+        settings: what the trainer reads.
+    """
+
+    def __init__(self, cfg: CfgNode | DictConfig, *, device: str | None = None) -> None:
+        self.cfg = copy.deepcopy(cfg)
+        self._use_custom_datasets()
+        self.cfg = classes.resolve_class_counts(self.cfg)
+        self._set_device(device)
+        self.settings = self._read_settings()
+
+    def build_model(self) -> nn.Module:
+        """Return the model with fresh weights on the run's device, in training mode."""
+        return config.build_model(self.cfg, device=self.settings.device)
+
+    @property
+    @abc.abstractmethod
+    def train_names(self) -> list[str]:
+        """Names of the training sets."""
+
+    @property
+    @abc.abstractmethod
+    def test_names(self) -> list[str]:
+        """Names of the test sets, each evaluated on its own."""
+
+    @abc.abstractmethod
+    def build_train_loader(self):
+        """Return the endless training loader; a batch is the process's share of one accumulation step."""
+
+    @abc.abstractmethod
+    def build_test_loader(self, name: str):
+        """Return the loader of one test set."""
+
+    @abc.abstractmethod
+    def build_evaluator(self, name: str, output_dir: str | None):
+        """Return the evaluator of one test set; ``output_dir`` is where it may write predictions."""
+
+    @abc.abstractmethod
+    def build_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        """Return the optimizer over ``model``."""
+
+    @abc.abstractmethod
+    def build_lr_multiplier(self):
+        """Return the fvcore ``ParamScheduler`` of lr factors over the run's fraction [0, 1)."""
+
+    @abc.abstractmethod
+    def _use_custom_datasets(self) -> None: ...
+
+    @abc.abstractmethod
+    def _read_settings(self) -> RunSettings: ...
+
+    @abc.abstractmethod
+    def _set_device(self, device: str | None) -> None: ...
+
+
+def _custom_names(
+    slots: Mapping[str, Mapping], train: list[str], test: list[str]
+) -> tuple[list[str], list[str]]:
+    """Register custom datasets and return the train and test names to use.
+
+    The slot ``train`` replaces the training sets and the other slots replace the test sets, except where the config
+    already names a custom set itself.
+    """
+    registered = datasets.register_custom(slots)
+    if "train" in registered and not any(name in registered.values() for name in train):
+        train = [registered["train"]]
+    others = [name for slot, name in registered.items() if slot != "train"]
+    if others and not any(name in others for name in test):
+        test = others
+    return train, test
+
+
+def _names(value: Any) -> list[str]:
+    if value is None:
+        return []
+    return [str(v) for v in value] if isinstance(value, (list, tuple, ListConfig)) else [str(value)]
+
+
+def _check_batch(total: int, steps: int, key: str) -> int:
+    if total % steps:
+        raise UserError(
+            f"{key} = {total} cannot be split into {steps} accumulation steps; make it a multiple"
+        )
+    return total // steps
+
+
+class YamlExperiment(Experiment):
+    """A yacs config (Detectron2's yaml)."""
+
+    @property
+    def train_names(self) -> list[str]:
+        return list(self.cfg.DATASETS.TRAIN)
+
+    @property
+    def test_names(self) -> list[str]:
+        return list(self.cfg.DATASETS.TEST)
+
+    def build_train_loader(self):
+        cfg, steps = self.cfg.clone(), self.cfg.SOLVER.ACCUMULATION_STEPS
+        cfg.defrost()
+        cfg.SOLVER.IMS_PER_BATCH = _check_batch(
+            cfg.SOLVER.IMS_PER_BATCH, steps, "SOLVER.IMS_PER_BATCH"
+        )
+        return loaders.train_from_cfg(cfg)
+
+    def build_test_loader(self, name: str):
+        return loaders.test_from_cfg(self.cfg, name)
+
+    def build_evaluator(self, name: str, output_dir: str | None):
+        return build_evaluator(
+            name, output_dir=output_dir, max_dets=self.cfg.TEST.DETECTIONS_PER_IMAGE
+        )
+
+    def build_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        solver = self.cfg.SOLVER
+        groups = param_groups(
+            model,
+            base_lr=solver.BASE_LR,
+            weight_decay=solver.WEIGHT_DECAY,
+            weight_decay_norm=solver.WEIGHT_DECAY_NORM,
+            weight_decay_bias=solver.WEIGHT_DECAY_BIAS,
+            bias_lr_factor=solver.BIAS_LR_FACTOR,
+            no_decay_names=tuple(solver.NO_DECAY_NAMES),
+            lr_multipliers={str(name): float(factor) for name, factor in solver.LR_MULTIPLIERS},
+            layer_decay=solver.LAYER_DECAY,
+        )
+        if solver.OPTIMIZER == "SGD":
+            return torch.optim.SGD(
+                groups,
+                lr=solver.BASE_LR,
+                momentum=solver.MOMENTUM,
+                nesterov=solver.NESTEROV,
+                weight_decay=solver.WEIGHT_DECAY,
+            )
+        if solver.OPTIMIZER == "AdamW":
+            return torch.optim.AdamW(
+                groups,
+                lr=solver.BASE_LR,
+                betas=tuple(solver.BETAS),
+                weight_decay=solver.WEIGHT_DECAY,
+            )
+        raise UserError(f"SOLVER.OPTIMIZER = {solver.OPTIMIZER!r}, expected SGD or AdamW")
+
+    def build_lr_multiplier(self):
+        solver = self.cfg.SOLVER
+        name, end = solver.LR_SCHEDULER_NAME, solver.BASE_LR_END / solver.BASE_LR
+        warmup = {
+            "max_iter": solver.MAX_ITER,
+            "warmup_iters": solver.WARMUP_ITERS,
+            "warmup_factor": solver.WARMUP_FACTOR,
+            "warmup_method": solver.WARMUP_METHOD,
+        }
+        if name == "WarmupMultiStepLR":
+            steps = [step for step in solver.STEPS if step < solver.MAX_ITER]
+            node = common.multistep(milestones=steps, gamma=solver.GAMMA, **warmup)
+        elif name == "WarmupCosineLR":
+            node = common.cosine(end_factor=end, **warmup)
+        elif name == "WarmupPolyLR":
+            node = common.poly(power=solver.POLY_POWER, end_factor=end, **warmup)
+        else:
+            known = ("WarmupMultiStepLR", "WarmupCosineLR", "WarmupPolyLR")
+            raise UserError(
+                f"SOLVER.LR_SCHEDULER_NAME = {name!r}, expected one of {', '.join(known)}"
+                + nearest(name, known)
+            )
+        return instantiate(node)
+
+    def _use_custom_datasets(self) -> None:
+        self.cfg.defrost()
+        self.cfg.DATASETS.TRAIN, self.cfg.DATASETS.TEST = map(
+            tuple, _custom_names(self.cfg.DATASETS.CUSTOM, self.train_names, self.test_names)
+        )
+
+    def _set_device(self, device: str | None) -> None:
+        self.cfg.MODEL.DEVICE = device or config.resolve_device(self.cfg.MODEL.DEVICE)
+
+    def _read_settings(self) -> RunSettings:
+        cfg, solver, run, test = self.cfg, self.cfg.SOLVER, self.cfg.TRAIN, self.cfg.TEST
+        return RunSettings(
+            output_dir=cfg.OUTPUT_DIR,
+            max_iter=solver.MAX_ITER,
+            init_checkpoint=cfg.MODEL.WEIGHTS,
+            seed=cfg.SEED,
+            device=cfg.MODEL.DEVICE,
+            log_period=run.LOG_PERIOD,
+            eval_period=test.EVAL_PERIOD,
+            checkpoint_period=solver.CHECKPOINT_PERIOD,
+            checkpoint_keep=solver.CHECKPOINT_KEEP,
+            amp_enabled=solver.AMP.ENABLED,
+            amp_dtype=solver.AMP.DTYPE,
+            accumulation_steps=solver.ACCUMULATION_STEPS,
+            clip_enabled=solver.CLIP_GRADIENTS.ENABLED,
+            clip_type=solver.CLIP_GRADIENTS.CLIP_TYPE,
+            clip_value=solver.CLIP_GRADIENTS.CLIP_VALUE,
+            clip_norm_type=solver.CLIP_GRADIENTS.NORM_TYPE,
+            ema_enabled=solver.EMA.ENABLED,
+            ema_decay=solver.EMA.DECAY,
+            ema_warmup=solver.EMA.WARMUP,
+            ema_eval=solver.EMA.EVAL,
+            channels_last=run.CHANNELS_LAST,
+            compile=run.COMPILE,
+            find_unused_parameters=run.FIND_UNUSED_PARAMETERS,
+            activation_checkpointing=run.ACTIVATION_CHECKPOINTING,
+            best_metric=test.BEST_METRIC,
+            best_mode=test.BEST_MODE,
+            early_stop_patience=test.EARLY_STOP_PATIENCE,
+            allow_pickle=run.ALLOW_PICKLE,
+        )
+
+
+class LazyExperiment(Experiment):
+    """A lazy config: nodes ``model``, ``dataloader``, ``optimizer``, ``lr_multiplier`` and ``train``."""
+
+    @property
+    def train_names(self) -> list[str]:
+        return _names(OmegaConf.select(self.cfg, "dataloader.train.dataset.names"))
+
+    @property
+    def test_names(self) -> list[str]:
+        return _names(OmegaConf.select(self.cfg, "dataloader.test.dataset.names"))
+
+    def build_train_loader(self):
+        node = copy.deepcopy(self._need("dataloader.train"))
+        node.total_batch_size = _check_batch(
+            node.total_batch_size,
+            self.settings.accumulation_steps,
+            "dataloader.train.total_batch_size",
+        )
+        if "seed" not in node and self.settings.seed >= 0:
+            node.seed = self.settings.seed
+        return instantiate(node)
+
+    def build_test_loader(self, name: str):
+        return instantiate(self._for_test_set(name).test)
+
+    def build_evaluator(self, name: str, output_dir: str | None):
+        node = OmegaConf.select(self._for_test_set(name), "evaluator")
+        if node is None:
+            node = LazyCall(build_evaluator)(dataset_name=name)
+        node = copy.deepcopy(node)
+        OmegaConf.update(node, "output_dir", output_dir, force_add=True)
+        return instantiate(node)
+
+    def build_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        node = copy.deepcopy(self._need("optimizer"))
+        node.params.model = model
+        return instantiate(node)
+
+    def build_lr_multiplier(self):
+        return instantiate(self._need("lr_multiplier"))
+
+    def _need(self, key: str) -> DictConfig:
+        node = OmegaConf.select(self.cfg, key)
+        if node is None:
+            raise UserError(f"the lazy config defines no {key!r}, which this command needs")
+        return node
+
+    def _for_test_set(self, name: str) -> DictConfig:
+        """Return the ``dataloader`` node with ``name`` as its only test set; interpolations follow."""
+        root = copy.deepcopy(self.cfg)
+        root.dataloader.test.dataset.names = name
+        return root.dataloader
+
+    def _use_custom_datasets(self) -> None:
+        slots = OmegaConf.to_container(
+            self.cfg.get("datasets") or OmegaConf.create({}), resolve=True
+        )
+        if not slots:
+            return
+        train, test = _custom_names(slots, self.train_names, self.test_names)
+        OmegaConf.update(self.cfg, "dataloader.train.dataset.names", train)
+        OmegaConf.update(self.cfg, "dataloader.test.dataset.names", test)
+
+    def _set_device(self, device: str | None) -> None:
+        # configs written for Detectron2's own lazy launcher leave some run settings out
+        self.cfg.train = OmegaConf.merge(common.train(), self.cfg.get("train") or {})
+        self.cfg.train.device = device or config.resolve_device(str(self.cfg.train.device))
+
+    def _read_settings(self) -> RunSettings:
+        run = self.cfg.train
+        return RunSettings(
+            output_dir=run.output_dir,
+            max_iter=run.max_iter,
+            init_checkpoint=run.init_checkpoint or "",
+            seed=run.seed,
+            device=run.device,
+            log_period=run.log_period,
+            eval_period=run.eval_period,
+            checkpoint_period=run.checkpointer.period,
+            checkpoint_keep=run.checkpointer.max_to_keep or 0,
+            amp_enabled=run.amp.enabled,
+            amp_dtype=run.amp.dtype,
+            accumulation_steps=run.accumulation_steps,
+            clip_enabled=run.clip_gradients.enabled,
+            clip_type=run.clip_gradients.clip_type,
+            clip_value=run.clip_gradients.clip_value,
+            clip_norm_type=run.clip_gradients.norm_type,
+            ema_enabled=run.ema.enabled,
+            ema_decay=run.ema.decay,
+            ema_warmup=run.ema.warmup,
+            ema_eval=run.ema.eval,
+            channels_last=run.channels_last,
+            compile=run.compile,
+            find_unused_parameters=run.ddp.find_unused_parameters,
+            activation_checkpointing=run.activation_checkpointing,
+            best_metric=run.best.metric,
+            best_mode=run.best.mode,
+            early_stop_patience=run.early_stop_patience,
+            allow_pickle=run.allow_pickle,
+        )

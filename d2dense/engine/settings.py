@@ -1,0 +1,72 @@
+"""What a run is told, the same for both kinds of config."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from d2dense.errors import UserError
+
+__all__ = ["RunSettings"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    """Settings of one run; iterations are optimizer steps.
+
+    Attributes:
+        seed: -1 draws a new one every run.
+        accumulation_steps: batches per optimizer step; each holds the global batch divided by this number.
+        clip_type: ``value``, ``norm`` (of each parameter, as Detectron2 has it) or ``full_model``.
+        checkpoint_keep: periodic checkpoints that stay, 0 for all.
+        best_metric: ``task/metric``, or ``test_set/task/metric`` with several test sets; empty for none.
+        early_stop_patience: evaluations without a new best before the run stops, 0 for never.
+        allow_pickle: also load pickled model files, which can run code.
+    """
+
+    output_dir: str
+    max_iter: int
+    init_checkpoint: str = ""
+    seed: int = -1
+    device: str = "cuda"
+    log_period: int = 20
+    eval_period: int = 0
+    checkpoint_period: int = 5000
+    checkpoint_keep: int = 0
+    amp_enabled: bool = False
+    amp_dtype: str = "float16"
+    accumulation_steps: int = 1
+    clip_enabled: bool = False
+    clip_type: str = "value"
+    clip_value: float = 1.0
+    clip_norm_type: float = 2.0
+    ema_enabled: bool = False
+    ema_decay: float = 0.9998
+    ema_warmup: bool = False
+    ema_eval: bool = True
+    channels_last: bool = False
+    compile: bool = False
+    find_unused_parameters: bool = False
+    activation_checkpointing: bool = False
+    best_metric: str = ""
+    best_mode: str = "max"
+    early_stop_patience: int = 0
+    allow_pickle: bool = False
+
+    def __post_init__(self) -> None:
+        choices = {
+            "amp_dtype": ("float16", "bfloat16"),
+            "clip_type": ("value", "norm", "full_model"),
+            "best_mode": ("max", "min"),
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise UserError(
+                    f"{name} = {getattr(self, name)!r}, expected one of {', '.join(allowed)}"
+                )
+        for name in ("max_iter", "log_period", "checkpoint_period", "accumulation_steps"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} = {getattr(self, name)}, expected a positive number")
+        if self.early_stop_patience and not self.best_metric:
+            raise UserError(
+                "early stop needs a metric to watch; set TEST.BEST_METRIC or train.best.metric"
+            )
