@@ -15,7 +15,9 @@ def requirements() -> list[str]:
 
 
 def packages() -> dict[str, str]:
-    """Map importable package names to folders: d2dense, every project package, and each project's configs."""
+    """Map importable package names to folders: d2dense, every project package, and each project's
+    configs.
+    """
     found = {}
     roots = {"d2dense": ROOT / "d2dense"}
     for project in sorted((ROOT / "projects").iterdir()):
@@ -34,8 +36,12 @@ def packages() -> dict[str, str]:
 
 
 def detectron2_requirement() -> list[str]:
-    """Point at a locally built detectron2 wheel when the target environment has none, so that one pip command is enough."""
-    spec = importlib.util.spec_from_file_location("installer", ROOT / "d2dense" / "install_detectron2.py")
+    """Point at a locally built detectron2 wheel when the target environment has none, so that one
+    pip command is enough.
+    """
+    spec = importlib.util.spec_from_file_location(
+        "installer", ROOT / "d2dense" / "install_detectron2.py"
+    )
     installer = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(installer)
     return installer.local_requirement(ROOT / "build" / "detectron2")
@@ -45,7 +51,9 @@ PACKAGES = packages()
 
 setup(
     name="d2dense",
-    version=re.search(r'__version__ = "(.+)"', (ROOT / "d2dense" / "__init__.py").read_text()).group(1),
+    version=re.search(
+        r'__version__ = "(.+)"', (ROOT / "d2dense" / "__init__.py").read_text()
+    ).group(1),
     description="CEDNet, Co-DETR, FSCascade and HFGD for Detectron2",
     python_requires=">=3.10,<3.14",
     packages=list(PACKAGES),

@@ -19,7 +19,8 @@ _SUBMODULES = (
 
 
 def __getattr__(name: str):
-    # Submodules import torch and detectron2; loading them on first use keeps `import d2dense` light.
+    # Submodules import torch and detectron2; loading them on first use keeps `import d2dense`
+    # light.
     if name in _SUBMODULES:
         return importlib.import_module(f"d2dense.{name}")
     raise AttributeError(f"module 'd2dense' has no attribute {name!r}")

@@ -10,17 +10,23 @@ __all__ = ["UserError", "nearest", "run_tool"]
 
 
 class UserError(Exception):
-    """A mistake that the user can correct: one line with what was found, expected, and what to change."""
+    """A mistake that the user can correct: one line with what was found, expected, and what to
+    change.
+    """
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-    """Return ``; did you mean 'x'?`` for the closest of ``names``, or an empty string when none is close."""
+    """Return ``; did you mean 'x'?`` for the closest of ``names``, or an empty string when none is
+    close.
+    """
     close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def run_tool(main: Callable[[], int | None]) -> int:
-    """Run a tool's ``main`` and return its exit code; a :class:`UserError` is one line on stderr and code 2."""
+    """Run a tool's ``main`` and return its exit code; a :class:`UserError` is one line on stderr
+    and code 2.
+    """
     try:
         return main() or 0
     except UserError as error:

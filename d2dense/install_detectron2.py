@@ -1,11 +1,12 @@
 """Provide ``detectron2`` without a compiler.
 
-detectron2 is not on the package index. A pure-Python copy of version 0.6 (Apache-2.0) travels inside the
-LabGym wheel as ``LabGym/detectron2``; this module downloads that wheel (pinned, checksummed), restores the
-import prefix, packs the result as ``detectron2-0.6+pure`` and installs it. An importable detectron2 is kept.
+detectron2 is not on the package index. A pure-Python copy of version 0.6 (Apache-2.0) travels
+inside the LabGym wheel as ``LabGym/detectron2``; this module downloads that wheel (pinned,
+checksummed), restores the import prefix, packs the result as ``detectron2-0.6+pure`` and installs
+it. An importable detectron2 is kept.
 
-Only the standard library is used: this file runs before anything else is installed, as a script from a
-checkout or as ``python -m d2dense.install_detectron2`` after ``pip install``.
+Only the standard library is used: this file runs before anything else is installed, as a script
+from a checkout or as ``python -m d2dense.install_detectron2`` after ``pip install``.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ CARRIER = "LabGym==3.1.2"
 CARRIER_SHA256 = "a2900cff8a3fb508e1975f19b5f9abd9f261966db87b0c332697fb4138c1cb2b"
 CARRIER_PREFIX = "LabGym/detectron2/"
 WHEEL_NAME = "detectron2-0.6+pure-py3-none-any.whl"
-# The parts of detectron2's own requirement list that its library code imports (black is only for to_py()).
+# The parts of detectron2's own requirement list that its library code imports (black is only for
+# to_py()).
 REQUIRES = (
     "Pillow",
     "matplotlib",
@@ -50,7 +52,8 @@ class InstallError(RuntimeError):
 
 def installed_version(python: str = sys.executable) -> str | None:
     """Return the version of the detectron2 that ``python`` imports, or None if it imports none."""
-    # -I keeps this folder and PYTHONPATH (as set by an isolated build) from standing in for the real site-packages.
+    # -I keeps this folder and PYTHONPATH (as set by an isolated build) from standing in for the
+    # real site-packages.
     code = "import detectron2; print(detectron2.__version__)"
     done = subprocess.run([python, "-I", "-c", code], capture_output=True, text=True)
     return done.stdout.strip() if done.returncode == 0 else None
@@ -82,8 +85,9 @@ def download_carrier(folder: Path) -> Path:
     if done.returncode or not wheels:
         reason = (done.stderr.strip().splitlines() or ["no output"])[-1]
         raise InstallError(
-            f"could not download {CARRIER} ({reason}); connect to a package index, or fetch that wheel elsewhere "
-            "and run 'python -m d2dense.install_detectron2 --carrier FILE', or use 'make detectron2-official'"
+            f"could not download {CARRIER} ({reason}); connect to a package index, or fetch that "
+            "wheel elsewhere and run 'python -m d2dense.install_detectron2 --carrier FILE', or use "
+            "'make detectron2-official'"
         )
     return wheels[0]
 
@@ -97,7 +101,8 @@ def _check(carrier: Path) -> None:
         ) from None
     if found != CARRIER_SHA256:
         raise InstallError(
-            f"{carrier.name} has sha256 {found}, expected {CARRIER_SHA256}; delete it and download {CARRIER} again"
+            f"{carrier.name} has sha256 {found}, expected {CARRIER_SHA256}; delete it and download "
+            f"{CARRIER} again"
         )
 
 
@@ -143,7 +148,8 @@ def build_wheel(carrier: Path, folder: Path) -> Path:
 
 
 def local_requirement(folder: Path) -> list[str]:
-    """Return a pip requirement on a detectron2 wheel built into ``folder``, or [] where it is not needed or possible.
+    """Return a pip requirement on a detectron2 wheel built into ``folder``, or [] where it is not
+    needed or possible.
 
     Used by setup.py, so that ``pip install .`` into an empty environment is complete.
     """

@@ -1,4 +1,6 @@
-"""Names to configs to models: ``FSCascade/fscascade_r50_fpn_1x`` is the config of that name in that project."""
+"""Names to configs to models: ``FSCascade/fscascade_r50_fpn_1x`` is the config of that name in
+that project.
+"""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
-"""Where the projects are: found in a checkout's ``projects`` folder, or among installed packages by entry point.
+"""Where the projects are: found in a checkout's ``projects`` folder, or among installed packages by
+entry point.
 
-A project called ``FSCascade`` is the package ``fscascade``; importing it registers its modules, its function
-``add_fscascade_config(cfg)`` adds its yacs keys, and its configs lie in the ``configs`` folder beside the package
-(checkout) or inside it (installed).
+A project called ``FSCascade`` is the package ``fscascade``; importing it registers its modules, its
+function ``add_fscascade_config(cfg)`` adds its yacs keys, and its configs lie in the ``configs``
+folder beside the package (checkout) or inside it (installed).
 """
 
 from __future__ import annotations
@@ -43,7 +44,9 @@ def names() -> list[str]:
 
 @functools.cache
 def import_all() -> dict[str, ModuleType]:
-    """Import every project, which registers its modules with Detectron2, and return them by project name."""
+    """Import every project, which registers its modules with Detectron2, and return them by
+    project name.
+    """
     return {name: importlib.import_module(package) for name, package in _packages().items()}
 
 

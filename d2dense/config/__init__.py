@@ -1,4 +1,6 @@
-"""Configs of both kinds: Detectron2's yaml (yacs) and lazy Python, opened, changed, printed and saved alike."""
+"""Configs of both kinds: Detectron2's yaml (yacs) and lazy Python, opened, changed, printed and
+saved alike.
+"""
 
 from .defaults import add_d2dense_config, get_cfg
 from .loading import apply, build_model, dump, kind_of, load, resolve_device, save

@@ -1,4 +1,5 @@
-"""Fresh nodes for lazy configs: run settings, loaders, optimizers and schedules with the usual defaults.
+"""Fresh nodes for lazy configs: run settings, loaders, optimizers and schedules with the usual
+defaults.
 
 Every call returns a new node, so a config may change it freely::
 
@@ -38,8 +39,9 @@ __all__ = [
 def train(**changes) -> DictConfig:
     """Return the run settings (``train`` node); ``changes`` are merged in.
 
-    The keys of Detectron2's lazy ``train`` node keep their names and meaning; the yacs counterparts are in
-    :mod:`d2dense.config.defaults`, and :class:`d2dense.engine.settings.RunSettings` is what both become.
+    The keys of Detectron2's lazy ``train`` node keep their names and meaning; the yacs counterparts
+    are in :mod:`d2dense.config.defaults`, and :class:`d2dense.engine.settings.RunSettings` is what
+    both become.
     """
     node = OmegaConf.create(
         {
@@ -150,7 +152,9 @@ def semantic_loader(
     workers: int = 4,
     image_format: str = "BGR",
 ) -> DictConfig:
-    """Return a ``dataloader`` node for semantic label maps; arguments as in :func:`detection_loader`."""
+    """Return a ``dataloader`` node for semantic label maps; arguments as in
+    :func:`detection_loader`.
+    """
     return _loader(
         mapper=mappers.SemanticMapper,
         train=train,
@@ -169,7 +173,9 @@ def semantic_loader(
 def sgd(
     *, lr: float = 0.02, momentum: float = 0.9, weight_decay: float = 1e-4, nesterov: bool = False
 ) -> DictConfig:
-    """Return an SGD node; norm layers are not decayed. Its ``params.model`` is set by the launcher."""
+    """Return an SGD node; norm layers are not decayed. Its ``params.model`` is set by the
+    launcher.
+    """
     return L(torch.optim.SGD)(
         params=L(param_groups)(
             base_lr="${..lr}", weight_decay="${..weight_decay}", weight_decay_norm=0.0
@@ -188,7 +194,9 @@ def adamw(
     weight_decay: float = 0.05,
     layer_decay: float = 1.0,
 ) -> DictConfig:
-    """Return an AdamW node; norm layers are not decayed. Its ``params.model`` is set by the launcher."""
+    """Return an AdamW node; norm layers are not decayed. Its ``params.model`` is set by the
+    launcher.
+    """
     return L(torch.optim.AdamW)(
         params=L(param_groups)(
             base_lr="${..lr}",

@@ -1,4 +1,6 @@
-"""The yacs keys that all projects share, on top of Detectron2's own. One comment per key; readers are named."""
+"""The yacs keys that all projects share, on top of Detectron2's own. One comment per key; readers
+are named.
+"""
 
 from __future__ import annotations
 
@@ -19,15 +21,18 @@ def get_cfg() -> CN:
 
 
 def add_d2dense_config(cfg: CN) -> None:
-    """Add the shared keys to ``cfg`` in place (the lazy counterpart is :mod:`d2dense.config.common`)."""
+    """Add the shared keys to ``cfg`` in place (the lazy counterpart is
+    :mod:`d2dense.config.common`).
+    """
     _add_data_keys(cfg)
     _add_solver_keys(cfg)
     _add_run_keys(cfg)
 
 
 def _add_data_keys(cfg: CN) -> None:
-    # Datasets without Python: DATASETS.CUSTOM.TRAIN.JSON, ....IMAGES and so on, see data/datasets.py. The slot TRAIN
-    # becomes the training set; VAL, TEST and every other slot become test sets, unless the config names custom sets.
+    # Datasets without Python: DATASETS.CUSTOM.TRAIN.JSON, ....IMAGES and so on, see
+    # data/datasets.py. The slot TRAIN becomes the training set; VAL, TEST and every other slot
+    # become test sets, unless the config names custom sets.
     cfg.DATASETS.CUSTOM = CN(new_allowed=True)
     # "check": the model's class count must equal the data's; "auto": it is taken from the data.
     cfg.DATASETS.CLASS_COUNT = "check"
@@ -64,7 +69,8 @@ def _add_solver_keys(cfg: CN) -> None:
     cfg.SOLVER.ACCUMULATION_STEPS = 1
     # How many periodic checkpoints stay; 0 keeps all.
     cfg.SOLVER.CHECKPOINT_KEEP = 0
-    # Exponential moving average of the weights: decay per step, ramped up when WARMUP, used in evaluation when EVAL.
+    # Exponential moving average of the weights: decay per step, ramped up when WARMUP, used in
+    # evaluation when EVAL.
     cfg.SOLVER.EMA = CN({"ENABLED": False, "DECAY": 0.9998, "WARMUP": False, "EVAL": True})
 
 
@@ -79,7 +85,8 @@ def _add_run_keys(cfg: CN) -> None:
     cfg.TRAIN.FIND_UNUSED_PARAMETERS = False
     # Pickled model files can run code; they load only with this set.
     cfg.TRAIN.ALLOW_PICKLE = False
-    # Metric that decides model_best.pth and early stop, e.g. "bbox/AP" or "name_of_test_set/bbox/AP".
+    # Metric that decides model_best.pth and early stop, e.g. "bbox/AP" or
+    # "name_of_test_set/bbox/AP".
     cfg.TEST.BEST_METRIC = ""
     cfg.TEST.BEST_MODE = "max"
     # Evaluations without a new best before the run stops; 0 is off.

@@ -1,4 +1,6 @@
-"""Lazy configs as text: every value that is a class or function is written by its name and found again by it."""
+"""Lazy configs as text: every value that is a class or function is written by its name and found
+again by it.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,8 @@ from d2dense.errors import UserError
 
 __all__ = ["check_targets", "dump", "named", "target_of", "walk"]
 
-# Packages whose classes and functions a yaml file may name. A .py config is code and may name anything.
+# Packages whose classes and functions a yaml file may name. A .py config is code and may name
+# anything.
 _TRUSTED = ("d2dense", "detectron2", "fvcore", "timm", "torch.nn", "torch.optim", "torchvision")
 _NAMED = "d2dense.config.lazy.named"
 
@@ -40,7 +43,9 @@ def target_of(node: Any) -> Callable | None:
 
 
 def walk(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield ``(dotted key, value)`` of every leaf; interpolations are yielded as their ``${...}`` text."""
+    """Yield ``(dotted key, value)`` of every leaf; interpolations are yielded as their ``${...}``
+    text.
+    """
     if isinstance(node, DictConfig):
         items = [(str(key), node._get_node(key)) for key in node]
     elif isinstance(node, ListConfig):
@@ -77,7 +82,8 @@ def _plain(value: Any, key: str) -> Any:
         name = _name_of(value, key)
         return name if key.rsplit(".", 1)[-1] == "_target_" else {"_target_": _NAMED, "name": name}
     raise UserError(
-        f"config value {key} is a {type(value).__name__}, which cannot be written as yaml; use LazyCall"
+        f"config value {key} is a {type(value).__name__}, which cannot be written as yaml; "
+        "use LazyCall"
     )
 
 
@@ -96,7 +102,8 @@ def _name_of(value: Any, key: str) -> str:
 
 
 def check_targets(cfg: DictConfig, source: str) -> None:
-    """Refuse a yaml file that names a callable outside the trusted packages: data must not choose what runs.
+    """Refuse a yaml file that names a callable outside the trusted packages: data must not choose
+    what runs.
 
     Raises:
         UserError: naming the key and the target.
@@ -112,7 +119,7 @@ def check_targets(cfg: DictConfig, source: str) -> None:
             str(value) == root or str(value).startswith(f"{root}.") for root in trusted
         ):
             raise UserError(
-                f"{source}: {key} names {value!r}, which is outside the packages that a yaml config may call "
+                f"{source}: {key} names {value!r}, outside the packages that a yaml config may call "
                 f"({', '.join(trusted)}); write it as a .py config instead"
             )
 

@@ -29,8 +29,8 @@ def load(path_or_name: str | Path, overrides: Sequence[str] = ()) -> CfgNode | D
         overrides: ``["KEY", "VALUE", ...]`` and ``["key=value", ...]``, mixed as you like.
 
     Returns:
-        A yacs ``CfgNode`` for a yaml config, an omegaconf ``DictConfig`` for a lazy one (also when the lazy config
-        was saved as yaml).
+        A yacs ``CfgNode`` for a yaml config, an omegaconf ``DictConfig`` for a lazy one (also when
+        the lazy config was saved as yaml).
 
     Raises:
         UserError: no such file or name, not readable, an unknown key or a value of the wrong type.
@@ -73,7 +73,8 @@ def _find(path_or_name: str | Path) -> Path:
     if str(path_or_name) in known:
         return model_zoo.get_config_file(str(path_or_name))
     raise UserError(
-        f"config {str(path_or_name)!r} is neither a file nor a model-zoo name{nearest(str(path_or_name), known)}"
+        f"config {str(path_or_name)!r} is neither a file nor a model-zoo "
+        f"name{nearest(str(path_or_name), known)}"
     )
 
 
@@ -84,7 +85,8 @@ def _load_python(path: Path) -> DictConfig:
         raise UserError(f"config {path} cannot be loaded: {error}") from error
     if "model" not in cfg:
         raise UserError(
-            f"config {path} defines no 'model'; a lazy config needs model, dataloader, optimizer, train"
+            f"config {path} defines no 'model'; a lazy config needs model, dataloader, optimizer, "
+            f"train"
         )
     return cfg
 
@@ -158,7 +160,8 @@ def build_model(cfg: CfgNode | DictConfig, device: str | None = None) -> nn.Modu
 
     Args:
         cfg: what :func:`load` returns.
-        device: where the model goes; by default the config's device, or the CPU where there is no GPU.
+        device: where the model goes; by default the config's device, or the CPU where there is no
+        GPU.
 
     Raises:
         UserError: an unknown meta-architecture, or a class count still to be taken from the data.
@@ -195,5 +198,6 @@ def _value(cfg: CfgNode, key: str):
 
 def _unresolved(key: str) -> UserError:
     return UserError(
-        f"{key} is 'auto' but no dataset has set it yet; give a number, or call through the launcher"
+        f"{key} is 'auto' but no dataset has set it yet; give a number, or call through the "
+        f"launcher"
     )

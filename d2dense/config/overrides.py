@@ -1,4 +1,6 @@
-"""Command-line overrides: ``KEY VALUE`` and ``key=value``, for both kinds of config, unknown keys refused by name."""
+"""Command-line overrides: ``KEY VALUE`` and ``key=value``, for both kinds of config, unknown keys
+refused by name.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,9 @@ def parse(overrides: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def parse_value(text: str) -> Any:
-    """Read a Python or yaml literal; anything else is the text itself (``1e-4``, ``[a, b]``, ``true``, ``x.json``)."""
+    """Read a Python or yaml literal; anything else is the text itself (``1e-4``, ``[a, b]``,
+    ``true``, ``x.json``).
+    """
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):
@@ -70,7 +74,9 @@ def yacs_keys(node: CfgNode, prefix: str = "") -> Iterator[str]:
 
 
 def is_class_count(key: str) -> bool:
-    """Whether the dotted ``key`` holds a number of classes, the one number that may be given as ``auto``."""
+    """Whether the dotted ``key`` holds a number of classes, the one number that may be given as
+    ``auto``.
+    """
     return key.rsplit(".", 1)[-1].lower() == "num_classes"
 
 

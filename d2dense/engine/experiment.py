@@ -1,4 +1,6 @@
-"""One adapter per kind of config; both give the trainer, the tools and the tests the same things."""
+"""One adapter per kind of config; both give the trainer, the tools and the tests the same
+things.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,8 @@ def experiment(cfg: CfgNode | DictConfig, *, device: str | None = None) -> Exper
     """Return the adapter for ``cfg``, after registering its datasets and settling its class counts.
 
     Args:
-        cfg: what :func:`d2dense.config.load` returns; a copy is kept, so the caller's stays as it is.
+        cfg: what :func:`d2dense.config.load` returns; a copy is kept, so the caller's stays as it
+        is.
         device: replaces the config's device.
 
     Raises:
@@ -69,7 +72,9 @@ class Experiment(abc.ABC):
 
     @abc.abstractmethod
     def build_train_loader(self):
-        """Return the endless training loader; a batch is the process's share of one accumulation step."""
+        """Return the endless training loader; a batch is the process's share of one accumulation
+        step.
+        """
 
     @abc.abstractmethod
     def build_test_loader(self, name: str):
@@ -77,7 +82,9 @@ class Experiment(abc.ABC):
 
     @abc.abstractmethod
     def build_evaluator(self, name: str, output_dir: str | None):
-        """Return the evaluator of one test set; ``output_dir`` is where it may write predictions."""
+        """Return the evaluator of one test set; ``output_dir`` is where it may write
+        predictions.
+        """
 
     @abc.abstractmethod
     def build_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
@@ -102,8 +109,8 @@ def _custom_names(
 ) -> tuple[list[str], list[str]]:
     """Register custom datasets and return the train and test names to use.
 
-    The slot ``train`` replaces the training sets and the other slots replace the test sets, except where the config
-    already names a custom set itself.
+    The slot ``train`` replaces the training sets and the other slots replace the test sets, except
+    where the config already names a custom set itself.
     """
     registered = datasets.register_custom(slots)
     if "train" in registered and not any(name in registered.values() for name in train):
@@ -253,7 +260,9 @@ class YamlExperiment(Experiment):
 
 
 class LazyExperiment(Experiment):
-    """A lazy config: nodes ``model``, ``dataloader``, ``optimizer``, ``lr_multiplier`` and ``train``."""
+    """A lazy config: nodes ``model``, ``dataloader``, ``optimizer``, ``lr_multiplier`` and
+    ``train``.
+    """
 
     @property
     def train_names(self) -> list[str]:
@@ -300,7 +309,9 @@ class LazyExperiment(Experiment):
         return node
 
     def _for_test_set(self, name: str) -> DictConfig:
-        """Return the ``dataloader`` node with ``name`` as its only test set; interpolations follow."""
+        """Return the ``dataloader`` node with ``name`` as its only test set; interpolations
+        follow.
+        """
         root = copy.deepcopy(self.cfg)
         root.dataloader.test.dataset.names = name
         return root.dataloader

@@ -15,10 +15,12 @@ class RunSettings:
 
     Attributes:
         seed: -1 draws a new one every run.
-        accumulation_steps: batches per optimizer step; each holds the global batch divided by this number.
+        accumulation_steps: batches per optimizer step; each holds the global batch divided by this
+        number.
         clip_type: ``value``, ``norm`` (of each parameter, as Detectron2 has it) or ``full_model``.
         checkpoint_keep: periodic checkpoints that stay, 0 for all.
-        best_metric: ``task/metric``, or ``test_set/task/metric`` with several test sets; empty for none.
+        best_metric: ``task/metric``, or ``test_set/task/metric`` with several test sets; empty for
+        none.
         early_stop_patience: evaluations without a new best before the run stops, 0 for never.
         allow_pickle: also load pickled model files, which can run code.
     """
