@@ -48,6 +48,12 @@ def detectron2_requirement() -> list[str]:
 
 
 PACKAGES = packages()
+# A project's package has its folder's name in lower case; d2dense/projects.py finds it by this.
+PROJECTS = [
+    f"{project.name} = {project.name.lower()}"
+    for project in sorted((ROOT / "projects").iterdir())
+    if project.name.lower() in PACKAGES
+]
 
 setup(
     name="d2dense",
@@ -60,5 +66,6 @@ setup(
     package_dir=PACKAGES,
     package_data={name: ["*.yaml", "*.json"] for name in PACKAGES},
     install_requires=requirements() + detectron2_requirement(),
+    entry_points={"d2dense.projects": PROJECTS},
     extras_require={"onnx": ["onnx", "onnxruntime"], "wandb": ["wandb"], "lvis": ["lvis"]},
 )

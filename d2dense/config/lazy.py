@@ -8,13 +8,14 @@ import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import yaml
 from detectron2.config import instantiate
 from detectron2.utils.registry import _convert_target_to_string, locate
 from omegaconf import DictConfig, ListConfig, OmegaConf, SCMode
 
 from d2dense import projects
 from d2dense.errors import UserError
+
+from .text import to_yaml
 
 __all__ = ["check_targets", "dump", "named", "target_of", "walk"]
 
@@ -68,7 +69,7 @@ def dump(cfg: DictConfig) -> str:
     plain = OmegaConf.to_container(
         copy.deepcopy(cfg), resolve=False, structured_config_mode=SCMode.INSTANTIATE
     )
-    return yaml.safe_dump(_plain(plain, ""), sort_keys=False, allow_unicode=True, width=100)
+    return to_yaml(_plain(plain, ""))
 
 
 def _plain(value: Any, key: str) -> Any:
@@ -119,7 +120,7 @@ def check_targets(cfg: DictConfig, source: str) -> None:
             str(value) == root or str(value).startswith(f"{root}.") for root in trusted
         ):
             raise UserError(
-                f"{source}: {key} names {value!r}, outside the packages that a yaml config may call "
+                f"{source}: {key} names {value!r}, outside the packages a yaml config may call "
                 f"({', '.join(trusted)}); write it as a .py config instead"
             )
 

@@ -17,6 +17,7 @@ from d2dense.errors import UserError, nearest
 
 from . import lazy, overrides
 from .defaults import get_cfg
+from .text import to_yaml
 
 __all__ = ["build_model", "dump", "kind_of", "load", "resolve_device", "save"]
 
@@ -138,7 +139,7 @@ def _replace_auto(node: CfgNode) -> None:
 
 def dump(cfg: CfgNode | DictConfig) -> str:
     """Return the resolved config as yaml text that :func:`load` reads back to the same model."""
-    return lazy.dump(cfg) if kind_of(cfg) == "lazy" else cfg.dump()
+    return lazy.dump(cfg) if kind_of(cfg) == "lazy" else to_yaml(cfg)
 
 
 def save(cfg: CfgNode | DictConfig, path: str | Path) -> None:

@@ -1,0 +1,185 @@
+"""Any config opens by content, both spellings of overrides work, mistakes are named."""
+
+from __future__ import annotations
+
+import textwrap
+
+import pytest
+import torch
+from omegaconf import DictConfig
+
+from d2dense import config
+from d2dense.errors import UserError
+
+LAZY = """
+from detectron2.config import LazyCall as L
+from torch import nn
+from torch.optim import AdamW
+
+_width = 4
+model = L(nn.Linear)(in_features=_width - 1, out_features="${.in_features}", bias=True)
+train = dict(max_iter=10, device="cpu", init_checkpoint="")
+optimizer = L(AdamW)(lr=0.1, betas=[0.9, 0.999])
+"""
+
+
+@pytest.fixture
+def lazy_file(tmp_path):
+    path = tmp_path / "small.py"
+    path.write_text(textwrap.dedent(LAZY))
+    return path
+
+
+@pytest.fixture
+def yaml_file(tmp_path):
+    (tmp_path / "base.yaml").write_text("SOLVER:\n  BASE_LR: 0.5\n  MAX_ITER: 7\n")
+    path = tmp_path / "child.yaml"
+    path.write_text("_BASE_: base.yaml\nSOLVER:\n  MAX_ITER: 9\nMODEL:\n  DEVICE: cpu\n")
+    return path
+
+
+def test_kind_is_decided_by_content(lazy_file, yaml_file, tmp_path):
+    lazy = config.load(lazy_file)
+    assert config.kind_of(lazy) == "lazy"
+    assert isinstance(lazy, DictConfig)
+    assert config.kind_of(config.load(yaml_file)) == "yaml"
+    config.save(lazy, tmp_path / "saved.yaml")
+    assert config.kind_of(config.load(tmp_path / "saved.yaml")) == "lazy"
+
+
+def test_yaml_base_is_followed(yaml_file):
+    cfg = config.load(yaml_file)
+    assert (cfg.SOLVER.BASE_LR, cfg.SOLVER.MAX_ITER) == (0.5, 9)
+
+
+@pytest.mark.parametrize(
+    "items",
+    [["SOLVER.BASE_LR", "0.25"], ["SOLVER.BASE_LR=0.25"], ["solver.base_lr=2.5e-1"]],
+)
+def test_yaml_overrides_in_every_spelling(yaml_file, items):
+    assert config.load(yaml_file, items).SOLVER.BASE_LR == 0.25
+
+
+@pytest.mark.parametrize("items", [["optimizer.lr", "1e-3"], ["optimizer.lr=1e-3"]])
+def test_lazy_overrides_in_both_spellings(lazy_file, items):
+    assert config.load(lazy_file, items).optimizer.lr == 1e-3
+
+
+def test_override_values_take_the_type_of_what_they_replace(yaml_file, lazy_file):
+    cfg = config.load(
+        yaml_file,
+        ["DATASETS.TEST", "one", "SOLVER.STEPS", "[3, 4]", "SOLVER.BASE_LR", "1", "OUTPUT_DIR=7"],
+    )
+    assert cfg.DATASETS.TEST == ("one",)
+    assert cfg.SOLVER.STEPS == (3, 4)
+    assert isinstance(cfg.SOLVER.BASE_LR, float)
+    assert cfg.OUTPUT_DIR == "7"
+    lazy = config.load(lazy_file, ["model.bias=false", "optimizer.betas=[0.8, 0.9]"])
+    assert lazy.model.bias is False
+    assert list(lazy.optimizer.betas) == [0.8, 0.9]
+
+
+@pytest.mark.parametrize(
+    ("items", "words"),
+    [
+        (["SOLVER.BASE_LT", "1"], ["SOLVER.BASE_LT", "SOLVER.BASE_LR"]),
+        (["SOLVERS.BASE_LR=1"], ["SOLVERS.BASE_LR", "SOLVER.BASE_LR"]),
+        (["SOLVER.BASE_LR", "fast"], ["SOLVER.BASE_LR", "fast", "float"]),
+        (["SOLVER.AMP.ENABLED", "3"], ["SOLVER.AMP.ENABLED", "bool"]),
+        (["SOLVER.BASE_LR"], ["no value"]),
+    ],
+)
+def test_yaml_mistakes_are_named(yaml_file, items, words):
+    with pytest.raises(UserError) as error:
+        config.load(yaml_file, items)
+    assert all(word in str(error.value) for word in words)
+
+
+@pytest.mark.parametrize(
+    ("items", "words"),
+    [
+        (["optimizer.lrr=1"], ["optimizer.lrr", "optimizer.lr"]),
+        (["trian.max_iter=1"], ["trian.max_iter", "train"]),
+        (["optimizer.lr=fast"], ["optimizer.lr", "fast"]),
+        (["model.bia=true"], ["model.bia", "model.bias"]),
+        (["model.in_features.deep=1"], ["model.in_features.deep"]),
+    ],
+)
+def test_lazy_mistakes_are_named(lazy_file, items, words):
+    with pytest.raises(UserError) as error:
+        config.load(lazy_file, items)
+    assert all(word in str(error.value) for word in words)
+
+
+def test_lazy_override_may_set_an_argument_that_the_config_leaves_out(lazy_file):
+    cfg = config.load(lazy_file, ["model.dtype=null"])
+    assert "dtype" in cfg.model
+
+
+def test_unknown_yaml_key_names_the_nearest(tmp_path):
+    path = tmp_path / "typo.yaml"
+    path.write_text("SOLVER:\n  BASE_LRR: 0.5\n")
+    with pytest.raises(UserError, match=r"SOLVER\.BASE_LRR.*SOLVER\.BASE_LR'"):
+        config.load(path)
+
+
+def test_yaml_never_runs_code(tmp_path):
+    path = tmp_path / "evil.yaml"
+    marker = tmp_path / "ran"
+    path.write_text(f"A: !!python/object/apply:os.mkdir ['{marker}']\n")
+    with pytest.raises(UserError):
+        config.load(path)
+    path.write_text("model:\n  _target_: os.system\n  command: 'true'\n")
+    with pytest.raises(UserError, match=r"os\.system"):
+        config.load(path)
+    path.write_text("model:\n  _target_: d2dense.config.lazy.named\n  name: os.system\n")
+    with pytest.raises(UserError, match=r"os\.system"):
+        config.load(path)
+    assert not marker.exists()
+
+
+def test_missing_file_suggests_a_model_name():
+    with pytest.raises(UserError, match="neither a file nor a model-zoo name"):
+        config.load("nothing/here.yaml")
+
+
+def test_saved_lazy_config_builds_the_same_model(lazy_file, tmp_path):
+    first = config.load(lazy_file, ["model.in_features=5"])
+    config.save(first, tmp_path / "saved.yaml")
+    second = config.load(tmp_path / "saved.yaml")
+    models = []
+    for cfg in (first, second):
+        torch.manual_seed(0)
+        models.append(config.build_model(cfg))
+    for a, b in zip(*(m.state_dict().values() for m in models)):
+        assert torch.equal(a, b)
+    assert models[1].weight.shape == (5, 5)
+    assert config.dump(first) == config.dump(second)
+
+
+def test_saved_yaml_config_is_the_same(yaml_file, tmp_path):
+    cfg = config.load(yaml_file, ["MODEL.ROI_HEADS.NUM_CLASSES", "auto"])
+    assert cfg.MODEL.ROI_HEADS.NUM_CLASSES == -1
+    config.save(cfg, tmp_path / "saved.yaml")
+    assert config.dump(config.load(tmp_path / "saved.yaml")) == config.dump(cfg)
+
+
+def test_classes_as_values_survive_saving(tmp_path):
+    path = tmp_path / "with_class.py"
+    path.write_text(
+        "from detectron2.config import LazyCall as L\nfrom torch import nn\n"
+        "from timm.layers import Mlp\n"
+        "model = L(Mlp)(in_features=2, act_layer=nn.SiLU)\n"
+    )
+    cfg = config.load(path)
+    config.save(cfg, tmp_path / "saved.yaml")
+    assert isinstance(config.build_model(config.load(tmp_path / "saved.yaml")).act, torch.nn.SiLU)
+
+
+def test_lambda_in_a_lazy_config_is_refused_on_saving(tmp_path):
+    path = tmp_path / "with_lambda.py"
+    path.write_text(
+        "from detectron2.config import LazyCall as L\nmodel = L('builtins.dict')(key=lambda: 1)\n"
+    )
+    with pytest.raises(UserError, match=r"model\.key"):
+        config.dump(config.load(path))
