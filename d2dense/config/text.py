@@ -1,4 +1,4 @@
-"""Plain yaml text: no tags, no aliases, tuples as lists, so that any yaml reader reads it safely."""
+"""Plain yaml text: no tags, no aliases, tuples as lists, so that every yaml reader reads it."""
 
 from __future__ import annotations
 

@@ -1,0 +1,109 @@
+"""Size and cost of a model: parameters, multiply-accumulates, structure."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from tabulate import tabulate
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+__all__ = ["analyze", "count_macs", "count_parameters", "detection_input", "format_report"]
+
+
+def count_parameters(model: nn.Module) -> dict[str, int]:
+    """Return the number of parameters under each module name; ``""`` is the whole model.
+
+    Buffers are not counted, so Detectron2's frozen batch norms add nothing. Shared parameters count
+    once.
+    """
+    return {
+        name: sum(p.numel() for p in module.parameters()) for name, module in model.named_modules()
+    }
+
+
+def detection_input(height: int, width: int, device: str = "cpu") -> list[dict[str, Any]]:
+    """Return a Detectron2 batch of one noise image, (3, height, width), always the same one."""
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randint(0, 256, (3, height, width), generator=generator, dtype=torch.uint8)
+    return [{"image": image.to(device), "height": height, "width": width}]
+
+
+@torch.no_grad()
+def count_macs(model: nn.Module, inputs: Any) -> dict[str, int]:
+    """Return the multiply-accumulates of one forward pass under each module name; ``""`` is the
+    whole model.
+
+    Counted are convolutions, matrix products and attention, in eval mode; normalisation,
+    activations, resampling, RoIAlign and NMS are not. Detectors run on as many proposals as the
+    input produces.
+    """
+    was_training = model.training
+    counter = FlopCounterMode(display=False)
+    model.eval()
+    try:
+        with counter:
+            model(inputs)
+    finally:
+        model.train(was_training)
+    root = type(model).__name__
+    table = {}
+    for name, operators in counter.get_flop_counts().items():
+        # the counter prefixes every name with the root's class name and reports two operations per
+        # MAC
+        if name in ("Global", root):
+            table[""] = sum(operators.values()) // 2
+        else:
+            table[name.removeprefix(f"{root}.")] = sum(operators.values()) // 2
+    return table
+
+
+def analyze(
+    model: nn.Module, *, tasks: list[str], input_size: tuple[int, int], device: str = "cpu"
+) -> dict[str, Any]:
+    """Return a JSON-ready report with ``params``, ``macs``, ``structure`` as asked for in
+    ``tasks``.
+
+    Args:
+        tasks: any of ``params``, ``flops``, ``structure``.
+        input_size: (height, width) of the image behind ``macs``, batch 1.
+    """
+    report: dict[str, Any] = {"input_size": list(input_size)}
+    modules: dict[str, dict[str, int]] = {}
+    if "params" in tasks:
+        counts = count_parameters(model)
+        report["params"] = counts[""]
+        for name, count in counts.items():
+            modules.setdefault(name, {})["params"] = count
+    if "flops" in tasks:
+        counts = count_macs(model, detection_input(*input_size, device=device))
+        report["macs"] = counts[""]
+        for name, count in counts.items():
+            modules.setdefault(name, {})["macs"] = count
+    if modules:
+        report["modules"] = modules
+    if "structure" in tasks:
+        report["structure"] = str(model)
+    return report
+
+
+def format_report(report: dict[str, Any], *, depth: int = 2) -> str:
+    """Return the report as text; modules deeper than ``depth`` are left out."""
+    parts = []
+    if "modules" in report:
+        rows = [
+            (name or "(whole model)", *(_thousands(row.get(key)) for key in ("params", "macs")))
+            for name, row in report["modules"].items()
+            if name.count(".") < depth and any(row.values())
+        ]
+        height, width = report["input_size"]
+        headers = ["module", "parameters", f"MACs ({height} x {width})"]
+        parts.append(tabulate(rows, headers=headers, stralign="right", colalign=("left",)))
+    if "structure" in report:
+        parts.append(report["structure"])
+    return "\n\n".join(parts)
+
+
+def _thousands(value: int | None) -> str:
+    return "" if value is None else f"{value:,}"
