@@ -1,0 +1,1 @@
+"""Running an experiment: processes, training loop, averages, schedules, command line."""

@@ -1,0 +1,87 @@
+"""Exponential moving average of a model's weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+__all__ = ["ModelEMA"]
+
+
+class ModelEMA:
+    """Keep ``average = decay * average + (1 - decay) * weights`` beside a model.
+
+    Floating-point parameters and buffers (running statistics of norms too, so that they fit the
+    averaged weights) are averaged; anything else follows the model.
+
+    Args:
+        model: the bare model (not wrapped for several processes), already on its device.
+        decay: in [0, 1); the share of the old average that each update keeps.
+        warmup: start with short averages: decay ``min(decay, (1 + n) / (10 + n))`` at update n,
+            n counted from 0.
+    """
+
+    def __init__(self, model: nn.Module, *, decay: float, warmup: bool = False):
+        if not 0.0 <= decay < 1.0:
+            raise ValueError(f"EMA decay must be in [0, 1), found {decay}")
+        self.decay = decay
+        self.warmup = warmup
+        self.updates = 0
+        # state_dict() shares memory with the model, so these follow every later optimizer step.
+        self._live = dict(model.state_dict())
+        self._average = {name: tensor.clone() for name, tensor in self._live.items()}
+        floating = [name for name, tensor in self._live.items() if tensor.is_floating_point()]
+        self._floating = (
+            [self._average[name] for name in floating],
+            [self._live[name] for name in floating],
+        )
+        self._others = sorted(set(self._live) - set(floating))
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Average the model's present weights in; call once after each optimizer step."""
+        decay = self.decay
+        if self.warmup:
+            decay = min(decay, (1 + self.updates) / (10 + self.updates))
+        torch._foreach_lerp_(*self._floating, 1.0 - decay)
+        for name in self._others:
+            self._average[name].copy_(self._live[name])
+        self.updates += 1
+
+    @property
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The averaged state dict, under the model's names."""
+        return dict(self._average)
+
+    @contextmanager
+    @torch.no_grad()
+    def applied(self) -> Iterator[None]:
+        """Put the averaged weights into the model for the time of a ``with`` block."""
+        backup = {name: tensor.clone() for name, tensor in self._live.items()}
+        try:
+            self._copy(self._average, self._live)
+            yield
+        finally:
+            self._copy(backup, self._live)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"updates": self.updates, "weights": self.weights}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.updates = state["updates"]
+        self._copy(state["weights"], self._average)
+
+    def reset(self) -> None:
+        """Start again from the model's present weights."""
+        self.updates = 0
+        self._copy(self._live, self._average)
+
+    @staticmethod
+    @torch.no_grad()
+    def _copy(source: dict[str, torch.Tensor], target: dict[str, torch.Tensor]) -> None:
+        for name, tensor in target.items():
+            tensor.copy_(source[name])
