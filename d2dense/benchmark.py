@@ -1,0 +1,144 @@
+"""Fair timings on shared, noisy machines: variants take turns in one process and are compared as
+ratios.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import resource
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from tabulate import tabulate
+from torch.utils.flop_counter import FlopCounterMode
+
+__all__ = ["interleaved", "machine", "macs_of", "peak_memory", "ratios", "write_report"]
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def interleaved(
+    variants: Mapping[str, Callable[[], Any]], *, rounds: int, warmup: int = 1
+) -> dict[str, list[float]]:
+    """Run every variant once per round, in an order that turns around each round, and return
+    seconds per call.
+
+    A slow spell of the machine then hits neighbours in the same round, not one variant in all of
+    its rounds.
+    """
+    names = list(variants)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for index in range(warmup + rounds):
+        for name in names if index % 2 == 0 else reversed(names):
+            _synchronize()
+            start = time.perf_counter()
+            variants[name]()
+            _synchronize()
+            if index >= warmup:
+                times[name].append(time.perf_counter() - start)
+    return times
+
+
+def ratios(times: Mapping[str, list[float]], baseline: str) -> dict[str, float]:
+    """Return each variant's median, over rounds, of its time divided by the baseline's in the same
+    round.
+    """
+    base = times[baseline]
+    return {
+        name: statistics.median(a / b for a, b in zip(values, base))
+        for name, values in times.items()
+    }
+
+
+def macs_of(call: Callable[[], Any]) -> int:
+    """Return the multiply-accumulates of ``call``, the backward pass included where it runs one."""
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops() // 2
+
+
+def peak_memory(call: Callable[[], Any]) -> int:
+    """Return the bytes that ``call`` needs on top of what is in use before it.
+
+    On CUDA from the allocator; on the CPU from a forked child's largest resident size.
+    """
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        # the thread pool does not survive a fork, so the child computes on one thread
+        torch.set_num_threads(1)
+        before = _resident()
+        call()
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        os.write(write, str(peak - before).encode())
+        os._exit(0)
+    os.close(write)
+    with os.fdopen(read) as pipe:
+        text = pipe.read()
+    os.waitpid(child, 0)
+    if not text:
+        raise RuntimeError("the measured call failed in the child process")
+    return int(text)
+
+
+def _resident() -> int:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def machine() -> dict[str, Any]:
+    """Return what a reader needs to judge a figure: device, cores, threads, versions, date."""
+    return {
+        "date": datetime.date.today().isoformat(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def write_report(
+    path: Path, *, title: str, command: str, rows: list[dict[str, Any]], notes: list[str]
+) -> str:
+    """Write ``path``.json and ``path``.md (machine, command, one table, notes) and return the
+    Markdown.
+    """
+    about = machine()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    report = {"title": title, "command": command, "machine": about, "rows": rows, "notes": notes}
+    path.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
+    where = ", ".join(f"{key} {value}" for key, value in about.items())
+    table = tabulate(rows, headers="keys", tablefmt="github", floatfmt=".3f")
+    text = "\n\n".join(
+        [f"# {title}", f"`{command}`", where, table, *(f"- {note}" for note in notes)]
+    )
+    path.with_suffix(".md").write_text(text + "\n")
+    return text

@@ -1,0 +1,50 @@
+"""Parameters and multiply-accumulates against closed forms."""
+
+from __future__ import annotations
+
+import json
+
+from torch import nn
+
+from d2dense import analysis
+from tools import analyze_model
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, stride=2, padding=1)
+        self.fc = nn.Linear(8, 5)
+        self.norm = nn.BatchNorm2d(8)
+
+    def forward(self, batch):
+        x = self.norm(self.conv(batch[0]["image"].float()[None]))
+        return self.fc(x.mean((2, 3)))
+
+
+def test_counts_equal_closed_forms():
+    model = Net().train()
+    params = analysis.count_parameters(model)
+    assert params["conv"] == 3 * 8 * 9 + 8
+    assert params[""] == params["conv"] + 8 * 5 + 5 + 2 * 8
+    macs = analysis.count_macs(model, analysis.detection_input(32, 48))
+    assert macs["conv"] == 16 * 24 * 8 * 3 * 9
+    assert macs["fc"] == 8 * 5
+    assert macs[""] == macs["conv"] + macs["fc"]
+    assert model.training
+
+
+def test_tool_writes_json_for_both_kinds(tmp_path, capsys):
+    path = tmp_path / "r.json"
+    totals = []
+    for kind in ("yaml", "py"):
+        name = f"projects/FSCascade/configs/cascade_rcnn_tiny_shapes.{kind}"
+        argv = ["--config-file", name, "--tasks", "params", "flops", "structure"]
+        analyze_model.main([*argv, "--input-size", "64", "96", "--json", str(path)])
+        report = json.loads(path.read_text())
+        assert report["modules"][""]["params"] == report["params"]
+        assert "backbone" in report["structure"]
+        # RoI heads depend on how many proposals random weights give; the rest does not
+        totals.append((report["params"], report["modules"]["backbone"]["macs"]))
+    assert totals[0] == totals[1]
+    assert "whole model" in capsys.readouterr().out
