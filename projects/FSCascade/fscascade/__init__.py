@@ -1,0 +1,16 @@
+"""FSCascade: Cascade R-CNN with feature sharing between stages; importing it registers
+``FSCascadeROIHeads``.
+"""
+
+from .config import add_fscascade_config
+from .predictor import StagePredictor
+from .roi_heads import FSCascadeROIHeads
+from .sharing import ClassificationHeads, LocalizationHead
+
+__all__ = [
+    "ClassificationHeads",
+    "FSCascadeROIHeads",
+    "LocalizationHead",
+    "StagePredictor",
+    "add_fscascade_config",
+]
