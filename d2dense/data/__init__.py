@@ -1,0 +1,25 @@
+"""Datasets, augmentations, mappers and loaders.
+
+Importing the package registers the datasets that go by name (:mod:`.builtin`).
+"""
+
+from . import builtin
+from .classes import dataset_classes, resolve_class_counts
+from .datasets import DatasetSpec, register, register_custom
+from .loaders import build_test_loader, build_train_loader, get_dataset_dicts
+from .mappers import DetectionMapper, SampleError, SemanticMapper
+
+__all__ = [
+    "DatasetSpec",
+    "DetectionMapper",
+    "SampleError",
+    "SemanticMapper",
+    "build_test_loader",
+    "build_train_loader",
+    "builtin",
+    "dataset_classes",
+    "get_dataset_dicts",
+    "register",
+    "register_custom",
+    "resolve_class_counts",
+]

@@ -1,0 +1,252 @@
+"""Datasets without Python: described in a config, registered under a name, checked before they are
+read.
+
+A config names files per slot; the slot ``train`` becomes the dataset ``custom_train``::
+
+    DATASETS.CUSTOM.TRAIN.JSON train.json  DATASETS.CUSTOM.TRAIN.IMAGES images/     (yaml)
+    datasets.train.json=train.json  datasets.train.images=images/                   (lazy)
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from detectron2.data import DatasetCatalog, MetadataCatalog
+
+from d2dense.errors import UserError, nearest
+
+from . import cityscapes, coco_format, folders
+
+__all__ = ["DatasetSpec", "ensure", "load", "register", "register_custom"]
+
+logger = logging.getLogger(__name__)
+
+_KINDS = ("coco", "lvis", "cityscapes", "sem_seg")
+_TASKS = ("instance", "semantic")
+# Metadata entries that are files or folders which must exist before a dataset is read.
+_FILE_KEYS = ("json_file", "image_root", "image_dir", "gt_dir", "sem_seg_root", "panoptic_root")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetSpec:
+    """Where a dataset is and how to read it.
+
+    Attributes:
+        kind: ``coco`` (boxes or masks), ``lvis``, ``cityscapes`` or ``sem_seg``; by default
+            ``coco`` where a json is given and ``sem_seg`` where labels are.
+        json: annotation file of ``coco`` and ``lvis``.
+        images: folder of the pictures; for ``cityscapes`` a split such as ``leftImg8bit/train``.
+        labels: folder of the label maps; for ``cityscapes`` a split such as ``gtFine/train``.
+        classes: class names of ``sem_seg`` in the order of their numbers, or a file with them (a
+            json list, or a text file with one name per line).
+        ignore_label: pixels with this number have no class (``sem_seg``).
+        image_suffix: ending of the pictures' names; empty takes every usual image file.
+        label_suffix: ending of the label maps' names, which replaces the picture's ending.
+        task: what to read from ``cityscapes``: ``instance`` or ``semantic``.
+    """
+
+    kind: str = ""
+    json: str = ""
+    images: str = ""
+    labels: str = ""
+    classes: str | tuple[str, ...] = ()
+    ignore_label: int = 255
+    image_suffix: str = ""
+    label_suffix: str = ".png"
+    task: str = "instance"
+
+    def __post_init__(self) -> None:
+        for name in ("json", "images", "labels"):
+            object.__setattr__(self, name, os.path.expanduser(str(getattr(self, name) or "")))
+        classes = self.classes
+        if not isinstance(classes, (str, Path)):
+            object.__setattr__(self, "classes", tuple(str(name) for name in classes or ()))
+        if not self.kind:
+            is_folder = self.labels and not self.json
+            object.__setattr__(self, "kind", "sem_seg" if is_folder else "coco")
+
+    def check(self, where: str) -> None:
+        """Raise a UserError for entries that contradict each other; ``where`` names the slot."""
+        if self.kind not in _KINDS:
+            raise UserError(
+                f"{where}: kind = {self.kind!r}, expected one of {', '.join(_KINDS)}"
+                f"{nearest(self.kind, _KINDS)}"
+            )
+        if self.task not in _TASKS:
+            raise UserError(f"{where}: task = {self.task!r}, expected 'instance' or 'semantic'")
+        is_json = self.kind in ("coco", "lvis")
+        needed = ("json", "images") if is_json else ("images", "labels")
+        if self.kind == "sem_seg":
+            needed += ("classes",)
+        for name in needed:
+            if not getattr(self, name):
+                raise UserError(f"{where}: a {self.kind} dataset needs {name!r}; it is not set")
+        if self.kind != "sem_seg" and self.classes:
+            raise UserError(
+                f"{where}: 'classes' is only for sem_seg; a {self.kind} dataset has its own names"
+            )
+
+
+def register(name: str, spec: DatasetSpec, *, where: str = "") -> None:
+    """Register ``spec`` as ``name`` in Detectron2's catalogs; a different earlier one is replaced.
+
+    Class names go into the metadata at once where the files exist, so that models can be built and
+    predictions drawn; the annotations are read by :func:`load`.
+
+    Args:
+        where: how messages call the place that the user wrote; by default the dataset's name.
+
+    Raises:
+        UserError: entries that contradict each other, or a file that is not what it should be.
+    """
+    where = where or f"dataset {name!r}"
+    spec.check(where)
+    if name in DatasetCatalog:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+    loader, metadata = _READERS[spec.kind](spec, where)
+    DatasetCatalog.register(name, loader)
+    MetadataCatalog.get(name).set(where=where, **metadata)
+
+
+def _json_reader(spec: DatasetSpec, where: str) -> tuple[Callable, dict[str, Any]]:
+    metadata = {"json_file": spec.json, "image_root": spec.images, "evaluator_type": spec.kind}
+    if os.path.isfile(spec.json):
+        metadata |= coco_format.metadata(spec.json)
+    loader = coco_format.load_lvis if spec.kind == "lvis" else coco_format.load_coco
+    return functools.partial(loader, spec.json, spec.images), metadata
+
+
+def _cityscapes_reader(spec: DatasetSpec, where: str) -> tuple[Callable, dict[str, Any]]:
+    load = cityscapes.load_semantic if spec.task == "semantic" else cityscapes.load_instances
+    metadata = {
+        "image_dir": spec.images,
+        "gt_dir": spec.labels,
+        **cityscapes.metadata(spec.task),
+    }
+    return functools.partial(load, spec.images, spec.labels), metadata
+
+
+def _folder_reader(spec: DatasetSpec, where: str) -> tuple[Callable, dict[str, Any]]:
+    metadata = {
+        "image_root": spec.images,
+        "sem_seg_root": spec.labels,
+        "evaluator_type": "sem_seg",
+        "ignore_label": spec.ignore_label,
+    }
+    if not isinstance(spec.classes, tuple):
+        metadata["class_file"] = str(spec.classes)
+    if isinstance(spec.classes, tuple) or os.path.isfile(spec.classes):
+        metadata["stuff_classes"] = folders.class_names(spec.classes, where)
+    loader = functools.partial(
+        folders.load_semantic_folder,
+        spec.images,
+        spec.labels,
+        image_suffix=spec.image_suffix,
+        label_suffix=spec.label_suffix,
+        ignore_label=spec.ignore_label,
+    )
+    return loader, metadata
+
+
+_READERS = {
+    "coco": _json_reader,
+    "lvis": _json_reader,
+    "cityscapes": _cityscapes_reader,
+    "sem_seg": _folder_reader,
+}
+
+
+def register_custom(slots: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """Register every filled slot of ``DATASETS.CUSTOM`` / ``datasets`` as ``custom_<slot>``.
+
+    Args:
+        slots: slot name to the entries of :class:`DatasetSpec`; keys in any case. Slots without
+            files are left out.
+
+    Returns:
+        Slot name in lower case to dataset name, in the order given.
+
+    Raises:
+        UserError: an unknown entry, or entries that contradict each other.
+    """
+    registered = {}
+    for slot, entries in slots.items():
+        where = (
+            f"custom dataset {slot!r} (DATASETS.CUSTOM.{slot.upper()} / datasets.{slot.lower()})"
+        )
+        spec = _spec(entries, where)
+        if not (spec.json or spec.images or spec.labels):
+            continue
+        name = f"custom_{slot.lower()}"
+        register(name, spec, where=where)
+        registered[slot.lower()] = name
+    return registered
+
+
+def _spec(entries: Any, where: str) -> DatasetSpec:
+    if not isinstance(entries, Mapping):
+        raise UserError(f"{where} is {entries!r}, expected entries such as json and images")
+    known = [field.name for field in fields(DatasetSpec)]
+    given = {str(key).lower(): value for key, value in entries.items()}
+    for key in given:
+        if key not in known:
+            raise UserError(
+                f"{where} has no entry {key!r}{nearest(key, known)}; known: {', '.join(known)}"
+            )
+    for key, value in given.items():
+        if isinstance(value, Sequence) and not isinstance(value, str) and key != "classes":
+            raise UserError(f"{where}: {key} = {value!r}, expected one value")
+    return DatasetSpec(**{key: value for key, value in given.items() if value is not None})
+
+
+def ensure(name: str) -> None:
+    """Make sure that the dataset ``name`` can be read: generated sets are made on first use.
+
+    Raises:
+        UserError: an unknown name (with the nearest known one), or files that do not exist.
+    """
+    if name not in DatasetCatalog:
+        raise UserError(
+            f"dataset {name!r} is not registered{nearest(name, DatasetCatalog.list())}; custom ones"
+            " are described by DATASETS.CUSTOM.<SLOT> / datasets.<slot>"
+        )
+    metadata = MetadataCatalog.get(name)
+    generate = metadata.get("generate")
+    if generate is not None:
+        generate()
+    for key in (*_FILE_KEYS, "class_file"):
+        path = metadata.get(key)
+        if path and not os.path.exists(path) and "://" not in str(path):
+            raise UserError(_missing(name, metadata.get("where"), str(path)))
+
+
+def _missing(name: str, where: str | None, path: str) -> str:
+    if where:
+        return f"{where}: {path} does not exist; correct the path"
+    root = os.getenv("DETECTRON2_DATASETS", "datasets")
+    return (
+        f"dataset {name!r} needs {path}, which does not exist; set DETECTRON2_DATASETS "
+        f"(now {root!r}) to the folder that holds it, or name your own "
+        "files with DATASETS.CUSTOM / datasets"
+    )
+
+
+def load(name: str) -> list[dict[str, Any]]:
+    """Return the records of the dataset ``name`` in Detectron2's dataset format.
+
+    Raises:
+        UserError: an unknown name, files that do not exist, or annotations that cannot be read.
+    """
+    ensure(name)
+    records = DatasetCatalog.get(name)
+    if not len(records):
+        raise UserError(f"dataset {name!r} holds no image")
+    logger.info("dataset %s: %d images", name, len(records))
+    return records

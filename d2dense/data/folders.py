@@ -1,0 +1,115 @@
+"""Semantic segmentation from two folders: pictures, and label maps with class numbers."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+from d2dense.errors import UserError
+
+__all__ = ["IMAGE_SUFFIXES", "class_names", "load_semantic_folder", "pair_files"]
+
+logger = logging.getLogger(__name__)
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
+
+
+def class_names(classes: str | Path | tuple[str, ...], where: str) -> list[str]:
+    """Return class names given as a tuple, a json file (a list, or an object with ``classes``) or a
+    text file with one name per line.
+
+    Raises:
+        UserError: no such file, not of that form, or no names.
+    """
+    if isinstance(classes, tuple):
+        return list(classes)
+    path = Path(classes).expanduser()
+    try:
+        text = path.read_text()
+    except OSError as error:
+        raise UserError(f"{where}: cannot read class list {path}: {error.strerror}") from None
+    if path.suffix == ".json":
+        try:
+            names = json.loads(text)
+        except ValueError as error:
+            raise UserError(f"{where}: class list {path} is not valid json: {error}") from None
+        names = names.get("classes") if isinstance(names, dict) else names
+    else:
+        names = [line.strip() for line in text.splitlines() if line.strip()]
+    if not names or not isinstance(names, list) or not all(isinstance(n, str) for n in names):
+        raise UserError(f"{where}: class list {path} holds no list of names")
+    return names
+
+
+def pair_files(
+    images: str, labels: str, *, image_suffix: str = "", label_suffix: str = ".png"
+) -> tuple[list[tuple[str, str]], list[str], list[str]]:
+    """Match pictures and label maps by their path below the folders, endings aside.
+
+    Returns:
+        Pairs (picture, label map) sorted by path; pictures without a label map; label maps without
+        a picture.
+    """
+    found = _files(images, (image_suffix,) if image_suffix else IMAGE_SUFFIXES)
+    maps = _files(labels, (label_suffix,))
+    pairs = [(found[stem], maps[stem]) for stem in sorted(found.keys() & maps.keys())]
+    return (
+        pairs,
+        [found[stem] for stem in sorted(found.keys() - maps.keys())],
+        [maps[stem] for stem in sorted(maps.keys() - found.keys())],
+    )
+
+
+def _files(root: str, suffixes: tuple[str, ...]) -> dict[str, str]:
+    """Map each file's path below ``root``, ending removed, to its full path."""
+    result = {}
+    for folder, _, names in os.walk(root):
+        for name in names:
+            suffix = next((s for s in suffixes if name.lower().endswith(s.lower())), None)
+            if suffix is not None:
+                path = os.path.join(folder, name)
+                result[os.path.relpath(path, root)[: -len(suffix)]] = path
+    return result
+
+
+def load_semantic_folder(
+    images: str,
+    labels: str,
+    *,
+    image_suffix: str = "",
+    label_suffix: str = ".png",
+    ignore_label: int = 255,
+) -> list[dict[str, Any]]:
+    """Return the records of two folders; pictures without a label map are left out with a warning.
+
+    Raises:
+        UserError: no picture has a label map.
+    """
+    pairs, without_label, _ = pair_files(
+        images, labels, image_suffix=image_suffix, label_suffix=label_suffix
+    )
+    if not pairs:
+        raise UserError(
+            f"no picture in {images} has a label map of the same name ending in {label_suffix!r} "
+            f"in {labels} ({len(without_label)} pictures found); check the folders and the suffixes"
+        )
+    if without_label:
+        logger.warning(
+            "%d of %d pictures in %s have no label map in %s and are left out",
+            len(without_label),
+            len(without_label) + len(pairs),
+            images,
+            labels,
+        )
+    return [
+        {
+            "file_name": image,
+            "sem_seg_file_name": label,
+            "image_id": os.path.splitext(os.path.relpath(image, images))[0],
+            "sem_seg_ignore_label": ignore_label,
+        }
+        for image, label in pairs
+    ]

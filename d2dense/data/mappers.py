@@ -1,0 +1,419 @@
+"""From a dataset record to what a model is fed: read, augment, pack.
+
+A record is a dict in Detectron2's dataset format. The result holds ``image`` (C, H, W) uint8 and,
+in training, ``instances`` with ``gt_boxes`` (N, 4) xyxy, ``gt_classes`` (N,) and ``gt_masks``, or
+``sem_seg`` (H, W) int64.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pycocotools.mask as mask_util
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import detection_utils
+from detectron2.data import transforms as T
+from detectron2.structures import (
+    BitMasks,
+    Boxes,
+    BoxMode,
+    Instances,
+    PolygonMasks,
+    polygons_to_bitmask,
+)
+from PIL import Image
+
+from d2dense.errors import UserError, nearest
+
+from . import augmentations as recipes
+from .geometry import clip_boxes, clip_polygon, polygon_area, transform_mask, transform_polygons
+
+__all__ = [
+    "DetectionMapper",
+    "SampleError",
+    "SemanticMapper",
+    "from_cfg",
+    "read_image",
+    "read_label_map",
+]
+
+logger = logging.getLogger(__name__)
+
+# Boxes with a side below this many pixels after augmentation are dropped.
+_MIN_SIDE = 1e-5
+
+
+class SampleError(UserError):
+    """A sample cannot be used: its file is missing or broken, or contradicts its annotation."""
+
+    def __init__(self, message: str, file_name: str = ""):
+        super().__init__(message, file_name)
+        self.file_name = file_name
+
+    def __str__(self) -> str:
+        return self.args[0]
+
+
+def read_image(record: dict[str, Any], image_format: str) -> np.ndarray:
+    """Read a record's picture as (H, W, C) uint8, EXIF orientation applied, and note its size in
+    the record.
+
+    Raises:
+        SampleError: the file is missing, broken, or not of the annotated size.
+    """
+    path = record["file_name"]
+    try:
+        image = detection_utils.read_image(path, format=image_format)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise SampleError(f"cannot read image {path}: {error}", path) from None
+    height, width = image.shape[:2]
+    expected = record.setdefault("height", height), record.setdefault("width", width)
+    if expected != (height, width):
+        raise SampleError(
+            f"image {path} is {width}x{height}, but its annotation says "
+            f"{expected[1]}x{expected[0]}; correct the annotation or the file",
+            path,
+        )
+    return image
+
+
+def read_label_map(path: str) -> np.ndarray:
+    """Read a label image as (H, W) class numbers; a palette image gives its indices, not its
+    colours.
+
+    Raises:
+        SampleError: missing, broken, or a colour picture.
+    """
+    try:
+        with Image.open(path) as image:
+            labels = np.asarray(image)
+    except (OSError, ValueError, SyntaxError) as error:
+        raise SampleError(f"cannot read label map {path}: {error}", path) from None
+    if labels.ndim != 2:
+        raise SampleError(
+            f"label map {path} has {labels.shape[2]} channels, expected one with class "
+            "numbers (grey or palette PNG)",
+            path,
+        )
+    return labels.astype(np.uint8) if labels.dtype == bool else labels
+
+
+def _read_sem_seg(record: dict[str, Any], image: np.ndarray, ignore_label: int) -> np.ndarray:
+    """Read the record's label map with the data's own ignore label replaced by ``ignore_label``."""
+    path = record["sem_seg_file_name"]
+    labels = read_label_map(path)
+    if labels.shape != image.shape[:2]:
+        raise SampleError(
+            f"label map {path} is {labels.shape[1]}x{labels.shape[0]}, but its image is "
+            f"{image.shape[1]}x{image.shape[0]}",
+            path,
+        )
+    own = record.get("sem_seg_ignore_label", ignore_label)
+    if own != ignore_label:
+        labels = np.where(labels == own, np.array(ignore_label, labels.dtype), labels)
+    # The transforms resize uint8 with PIL and everything else as float.
+    return labels if labels.dtype == np.uint8 else labels.astype(np.float32)
+
+
+def _to_tensor(image: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
+
+
+class DetectionMapper:
+    """Feeds detectors: boxes and, where asked for, instance masks; a label map comes along if the
+    record has one.
+    """
+
+    def __init__(
+        self,
+        *,
+        is_train: bool,
+        augmentations: Sequence[T.Augmentation | T.Transform],
+        image_format: str = "BGR",
+        use_instance_mask: bool = False,
+        instance_mask_format: str = "polygon",
+        recompute_boxes: bool = False,
+        ignore_label: int = 255,
+    ):
+        """
+        Args:
+            is_train: False gives the image alone.
+            augmentations: steps, usually from :mod:`d2dense.data.augmentations`.
+            image_format: channel order, see :func:`detectron2.data.detection_utils.read_image`.
+            use_instance_mask: whether ``gt_masks`` is wanted.
+            instance_mask_format: ``"polygon"`` or ``"bitmask"``. Images that hold a run-length mask
+                get bit masks in either case, since such a mask has no polygon.
+            recompute_boxes: draw boxes around the augmented masks instead of transforming the
+                annotated boxes; after a crop they are tighter.
+            ignore_label: what "no class" is in ``sem_seg``.
+        """
+        if instance_mask_format not in ("polygon", "bitmask"):
+            raise UserError(
+                f"INPUT.MASK_FORMAT / instance_mask_format = {instance_mask_format!r}, "
+                "expected 'polygon' or 'bitmask'"
+            )
+        if recompute_boxes and not use_instance_mask:
+            raise UserError(
+                "recomputed boxes need masks: set MODEL.MASK_ON / use_instance_mask as well"
+            )
+        self.is_train = is_train
+        self.augmentations = T.AugmentationList(augmentations)
+        self.image_format = image_format
+        self.use_instance_mask = use_instance_mask
+        self.instance_mask_format = instance_mask_format
+        self.recompute_boxes = recompute_boxes
+        self.ignore_label = ignore_label
+
+    def __call__(self, record: dict[str, Any]) -> dict[str, Any]:
+        """Return the mapped copy of ``record``.
+
+        Raises:
+            SampleError: naming the file.
+        """
+        record = dict(record)
+        image = read_image(record, self.image_format)
+        annotations = [a for a in record.pop("annotations", ()) if not a.get("iscrowd", 0)]
+        height, width = image.shape[:2]
+        boxes = clip_boxes(_xyxy(annotations), height, width)
+        sem_seg = None
+        if self.is_train and "sem_seg_file_name" in record:
+            sem_seg = _read_sem_seg(record, image, self.ignore_label)
+        inputs = T.AugInput(image, boxes=boxes if self.is_train else None, sem_seg=sem_seg)
+        transforms = self.augmentations(inputs)
+        record["image"] = _to_tensor(inputs.image)
+        if not self.is_train:
+            return record
+        if inputs.sem_seg is not None:
+            record["sem_seg"] = torch.from_numpy(inputs.sem_seg.astype(np.int64))
+        size = inputs.image.shape[:2]
+        masks = None
+        if self.use_instance_mask:
+            masks = self._masks(annotations, transforms, (height, width), size, record["file_name"])
+        record["instances"] = self._pack(annotations, inputs.boxes, masks, size)
+        return record
+
+    def _masks(
+        self,
+        annotations: list[dict],
+        transforms: T.TransformList,
+        old_size: tuple[int, int],
+        new_size: tuple[int, int],
+        file_name: str,
+    ) -> PolygonMasks | BitMasks:
+        """Return the transformed masks of ``annotations``, in order; those cut away are empty."""
+        missing = sum("segmentation" not in annotation for annotation in annotations)
+        if missing:
+            raise SampleError(
+                f"{missing} of {len(annotations)} objects in {file_name} have boxes but no masks; "
+                "set MODEL.MASK_ON False / use_instance_mask=False, or use a dataset with masks",
+                file_name,
+            )
+        shapes = [a["segmentation"] for a in annotations]
+        moved = [_move(shape, transforms, old_size, file_name) for shape in shapes]
+        if self.instance_mask_format == "polygon" and all(isinstance(s, list) for s in moved):
+            return PolygonMasks([[p.reshape(-1) for p in polygons] for polygons in moved])
+        bits = np.zeros((len(moved), *new_size), dtype=bool)
+        for index, shape in enumerate(moved):
+            if isinstance(shape, list):
+                flat = [polygon.reshape(-1) for polygon in shape]
+                bits[index] = polygons_to_bitmask(flat, *new_size)
+            else:
+                bits[index] = shape
+        return BitMasks(torch.from_numpy(bits))
+
+    def _pack(
+        self,
+        annotations: list[dict],
+        boxes: np.ndarray,
+        masks: PolygonMasks | BitMasks | None,
+        size: tuple[int, int],
+    ) -> Instances:
+        instances = Instances(size)
+        boxes = clip_boxes(boxes.reshape(-1, 4), *size)
+        instances.gt_boxes = Boxes(torch.from_numpy(boxes.astype(np.float32)))
+        instances.gt_classes = torch.tensor(
+            [int(a["category_id"]) for a in annotations], dtype=torch.int64
+        )
+        keep = instances.gt_boxes.nonempty(threshold=_MIN_SIDE)
+        if masks is not None:
+            keep &= masks.nonempty()
+            instances.gt_masks = masks
+        if not bool(keep.all()):
+            instances = instances[keep]
+        if self.recompute_boxes and len(instances):
+            instances.gt_boxes = instances.gt_masks.get_bounding_boxes()
+        return instances
+
+
+def _xyxy(annotations: list[dict]) -> np.ndarray:
+    """Return the boxes of ``annotations`` as (N, 4) xyxy float64."""
+    rows = [BoxMode.convert(list(a["bbox"]), a["bbox_mode"], BoxMode.XYXY_ABS) for a in annotations]
+    return np.array(rows, dtype=np.float64).reshape(-1, 4)
+
+
+def _move(
+    shape: list | dict | np.ndarray,
+    transforms: T.TransformList,
+    size: tuple[int, int],
+    file_name: str,
+) -> list[np.ndarray] | np.ndarray:
+    """Transform one object's mask: polygons stay polygons (P, 2), anything else becomes a (H, W)
+    bool array.
+    """
+    if isinstance(shape, list):
+        polygons = [np.asarray(p, dtype=np.float64).reshape(-1, 2) for p in shape]
+        inside = [piece for p in polygons for piece in clip_polygon(p, *size)]
+        return [p for p in transform_polygons(transforms, inside) if polygon_area(p) > 0]
+    mask = mask_util.decode(shape) if isinstance(shape, dict) else np.asarray(shape, np.uint8)
+    if mask.shape != size:
+        raise SampleError(
+            f"a mask of {file_name} is {mask.shape[1]}x{mask.shape[0]}, but the image is "
+            f"{size[1]}x{size[0]}",
+            file_name,
+        )
+    return transform_mask(transforms, mask).astype(bool)
+
+
+class SemanticMapper:
+    """Feeds semantic segmentation: an image and a label map."""
+
+    def __init__(
+        self,
+        *,
+        is_train: bool,
+        augmentations: Sequence[T.Augmentation | T.Transform],
+        image_format: str = "BGR",
+        ignore_label: int = 255,
+    ):
+        """
+        Args:
+            is_train: False gives the image alone.
+            augmentations: steps, usually :func:`d2dense.data.augmentations.semantic`.
+            image_format: channel order.
+            ignore_label: what "no class" is in ``sem_seg``; the dataset's own ignore label is
+                turned into it.
+        """
+        self.is_train = is_train
+        self.augmentations = T.AugmentationList(augmentations)
+        self.image_format = image_format
+        self.ignore_label = ignore_label
+
+    def __call__(self, record: dict[str, Any]) -> dict[str, Any]:
+        """Return the mapped copy of ``record``.
+
+        Raises:
+            SampleError: naming the file.
+        """
+        record = dict(record)
+        image = read_image(record, self.image_format)
+        sem_seg = None
+        if self.is_train:
+            if "sem_seg_file_name" not in record:
+                raise SampleError(
+                    f"image {record['file_name']} has no label map; this mapper needs a "
+                    "semantic dataset",
+                    record["file_name"],
+                )
+            sem_seg = _read_sem_seg(record, image, self.ignore_label)
+        inputs = T.AugInput(image, sem_seg=sem_seg)
+        self.augmentations(inputs)
+        record["image"] = _to_tensor(inputs.image)
+        record.pop("annotations", None)
+        if sem_seg is not None:
+            record["sem_seg"] = torch.from_numpy(inputs.sem_seg.astype(np.int64))
+        return record
+
+
+def from_cfg(cfg: CfgNode, is_train: bool) -> DetectionMapper | SemanticMapper:
+    """Build the mapper that ``INPUT.MAPPER`` names.
+
+    Raises:
+        UserError: an unknown recipe.
+    """
+    name, ignore_label = cfg.INPUT.MAPPER, cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE
+    if name not in _RECIPES:
+        raise UserError(
+            f"INPUT.MAPPER = {name!r}, expected {sorted(_RECIPES)}{nearest(name, _RECIPES)}"
+        )
+    if is_train:
+        steps = _RECIPES[name](cfg)
+    else:
+        steps = recipes.default(
+            is_train=False, min_size=cfg.INPUT.MIN_SIZE_TEST, max_size=cfg.INPUT.MAX_SIZE_TEST
+        )
+    if name == "semantic":
+        return SemanticMapper(
+            is_train=is_train,
+            augmentations=steps,
+            image_format=cfg.INPUT.FORMAT,
+            ignore_label=ignore_label,
+        )
+    return DetectionMapper(
+        is_train=is_train,
+        augmentations=steps,
+        image_format=cfg.INPUT.FORMAT,
+        use_instance_mask=cfg.MODEL.MASK_ON,
+        instance_mask_format=cfg.INPUT.MASK_FORMAT,
+        recompute_boxes=is_train and cfg.INPUT.RECOMPUTE_BOXES,
+        ignore_label=ignore_label,
+    )
+
+
+def _resize_keys(cfg: CfgNode) -> dict[str, Any]:
+    return {
+        "is_train": True,
+        "min_size": cfg.INPUT.MIN_SIZE_TRAIN,
+        "max_size": cfg.INPUT.MAX_SIZE_TRAIN,
+        "flip": cfg.INPUT.RANDOM_FLIP,
+    }
+
+
+def _default_steps(cfg: CfgNode) -> list[T.Augmentation]:
+    return recipes.default(
+        **_resize_keys(cfg),
+        sample_style=cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING,
+        crop_type=cfg.INPUT.CROP.TYPE if cfg.INPUT.CROP.ENABLED else None,
+        crop_size=cfg.INPUT.CROP.SIZE,
+    )
+
+
+def _detr_steps(cfg: CfgNode) -> list[T.Augmentation]:
+    return recipes.detr(
+        **_resize_keys(cfg),
+        crop_min_sizes=cfg.INPUT.DETR.CROP_MIN_SIZES,
+        crop_range=cfg.INPUT.DETR.CROP_RANGE,
+    )
+
+
+def _lsj_steps(cfg: CfgNode) -> list[T.Augmentation]:
+    return recipes.lsj(
+        image_size=cfg.INPUT.LSJ.IMAGE_SIZE,
+        min_scale=cfg.INPUT.LSJ.MIN_SCALE,
+        max_scale=cfg.INPUT.LSJ.MAX_SCALE,
+        flip=cfg.INPUT.RANDOM_FLIP,
+        ignore_label=cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE,
+    )
+
+
+def _semantic_steps(cfg: CfgNode) -> list[T.Augmentation]:
+    return recipes.semantic(
+        **_resize_keys(cfg),
+        sample_style=cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING,
+        crop_size=[int(side) for side in cfg.INPUT.CROP.SIZE] if cfg.INPUT.CROP.ENABLED else None,
+        single_category_max_area=cfg.INPUT.CROP.SINGLE_CATEGORY_MAX_AREA,
+        ignore_label=cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE,
+        color_distortion=cfg.INPUT.COLOR_DISTORTION,
+        image_format=cfg.INPUT.FORMAT,
+    )
+
+
+_RECIPES = {
+    "default": _default_steps,
+    "detr": _detr_steps,
+    "lsj": _lsj_steps,
+    "semantic": _semantic_steps,
+}
