@@ -4,8 +4,7 @@ Letters: N images, n stages, R regions over all images, K foreground classes, C 
     side, D class feature.
 """
 
-from __future__ import annotations
-
+# No postponed annotations here: TorchScript reads the Final ones of the class as objects.
 from collections.abc import Sequence
 
 import torch
@@ -67,6 +66,9 @@ class FSCascadeROIHeads(StandardROIHeads):
             with each stage's probabilities on its own regions
         mask_*, keypoint_*: as in Detectron2's ``StandardROIHeads``
     """
+
+    mask_on: torch.jit.Final[bool]  # constants, so that scripting drops the branches that are off
+    keypoint_on: torch.jit.Final[bool]
 
     @configurable
     def __init__(
