@@ -36,7 +36,7 @@ lint: setup
 	@$(PY) -m ruff format --check .
 
 bench: setup
-	@$(PY) tools/benchmark.py
+	@for script in projects/*/tools/benchmark.py; do $(PY) $$script $(BENCH_ARGS) || exit 1; done
 
 # For users with a C++ (and CUDA) compiler and network: the official build, with its compiled operators.
 detectron2-official: setup
