@@ -1,0 +1,66 @@
+#!/usr/bin/env python3
+"""Make the generated data set ``shapes``: pictures, COCO instances, panoptic and semantic maps."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+
+from d2dense.data import shapes
+from d2dense.errors import UserError, run_tool
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument(
+        "--output", default="datasets/shapes", metavar="DIR", help="folder to write"
+    )
+    parser.add_argument(
+        "--train", type=int, default=shapes.DEFAULT_COUNTS["train"], help="pictures in split train"
+    )
+    parser.add_argument(
+        "--val", type=int, default=shapes.DEFAULT_COUNTS["val"], help="pictures in split val"
+    )
+    parser.add_argument(
+        "--size", type=int, nargs="+", default=[256], metavar="PX", help="side, or height and width"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="same seed, same bytes")
+    parser.add_argument(
+        "--objects", type=int, nargs=2, default=[1, 8], metavar=("MIN", "MAX"), help="per picture"
+    )
+    parser.add_argument("--workers", type=int, default=1, help="processes; no change of the result")
+    parser.add_argument("--overwrite", action="store_true", help="replace splits that exist")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse(argv)
+    if len(args.size) > 2:
+        raise UserError(f"--size takes a side or height and width, found {len(args.size)} numbers")
+    size = args.size[0] if len(args.size) == 1 else (args.size[0], args.size[1])
+    counts = {split: count for split, count in (("train", args.train), ("val", args.val)) if count}
+    if not counts:
+        raise UserError("nothing to make: both --train and --val are 0")
+    for split, count in counts.items():
+        start = time.perf_counter()
+        shapes.generate(
+            output_dir=args.output,
+            split=split,
+            count=count,
+            size=size,
+            seed=args.seed,
+            objects=(args.objects[0], args.objects[1]),
+            workers=args.workers,
+            overwrite=args.overwrite,
+        )
+        rate = count / (time.perf_counter() - start)
+        print(f"{args.output}: {count} pictures in split {split}, {rate:.0f} images/s")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_tool(main))
