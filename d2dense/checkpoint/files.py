@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -98,13 +98,33 @@ def _read_pickle(local: Path, path: object) -> Any:
     return content
 
 
+def _plain(value: Any, key: str) -> Any:
+    """Return ``value`` made of dicts, lists, tuples, plain values and tensors only."""
+    if value is None or isinstance(value, (torch.Tensor, str, bool, int, float)):
+        return value
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, Mapping):
+        return {name: _plain(each, f"{key}.{name}") for name, each in value.items()}
+    if isinstance(value, tuple):
+        return tuple(_plain(each, key) for each in value)
+    if isinstance(value, Sequence):
+        return [_plain(each, key) for each in value]
+    raise TypeError(f"checkpoint entry {key} is a {type(value).__name__}, expected plain values")
+
+
 def write(path: str | os.PathLike, content: Mapping[str, Any]) -> None:
-    """Write a checkpoint under a temporary name, flush it to the disk and rename it."""
+    """Write a checkpoint under a temporary name, flush it to the disk and rename it.
+
+    Raises:
+        TypeError: a value that :func:`read` would refuse; containers become plain ones.
+    """
+    content = _plain(content, "")
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp{os.getpid()}")
     try:
         with temporary.open("wb") as file:
-            torch.save(dict(content), file)
+            torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)

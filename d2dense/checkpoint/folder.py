@@ -48,6 +48,11 @@ class CheckpointFolder:
             (self.path / f"{self.periodic.pop(0)}.pth").unlink(missing_ok=True)
         return file
 
+    def adopt_periodic(self, *, until: int) -> None:
+        """Take over the periodic files up to iteration ``until`` of the run that goes on."""
+        found = sorted(self.path.glob("model_" + "[0-9]" * 7 + ".pth"))
+        self.periodic = [file.stem for file in found if int(file.stem[6:]) <= until]
+
     def last(self) -> Path | None:
         """Return the file that ``last_checkpoint`` names, or None where there is no tag."""
         tag = self.path / _TAG

@@ -1,0 +1,129 @@
+"""The command line of training and evaluation, shared by ``tools/`` and every project."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from detectron2.utils import comm
+
+from d2dense import checkpoint, config, environment
+from d2dense.checkpoint import CheckpointFolder
+from d2dense.errors import UserError
+
+from .experiment import Experiment, experiment
+from .launch import launch
+from .logs import setup_logging
+from .trainer import Trainer, evaluate_model, seed_process
+
+__all__ = ["main", "parser", "run"]
+
+logger = logging.getLogger(__name__)
+
+_EXAMPLES = """
+examples:
+  one GPU (or the CPU where there is none)
+    %(prog)s --config-file FSCascade/fscascade_r50_fpn_1x
+  eight GPUs, with two settings changed (both spellings work for both kinds of config)
+    %(prog)s --config-file my.yaml --num-gpus 8 SOLVER.BASE_LR 0.01 OUTPUT_DIR runs/a
+    %(prog)s --config-file my.py --num-gpus 8 optimizer.lr=0.01 train.output_dir=runs/b
+  two machines; torchrun and srun need no such flags
+    %(prog)s --config-file F --num-gpus 8 --num-machines 2 --machine-rank 0 --dist-url tcp://HOST:PORT
+  evaluate a checkpoint
+    %(prog)s --config-file F --eval-only MODEL.WEIGHTS model_final.pth
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Report a wrong command line as one line, like every other mistake."""
+
+    def error(self, message: str):
+        raise UserError(f"{message} ({self.prog} --help shows the flags)")
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser; flags have Detectron2's names and meaning."""
+    result = _Parser(
+        description="Train or evaluate the model of a config.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = result.add_argument
+    add("--config-file", required=True, metavar="F", help="yaml or py config, or model-zoo name")
+    add("--resume", action="store_true", help="go on from the last checkpoint in the output folder")
+    add("--eval-only", action="store_true", help="evaluate the weights and stop")
+    add("--num-gpus", type=int, default=1, help="processes per machine, one per GPU")
+    add("--num-machines", type=int, default=1)
+    add("--machine-rank", type=int, default=0, help="which machine this is, from 0")
+    add("--dist-url", default="auto", help="where several machines meet, tcp://HOST:PORT")
+    add("--device", help="cpu or cuda; replaces the config's device")
+    add("overrides", nargs="*", metavar="KEY VALUE | key=value", help="changes of the config")
+    return result
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line in as many processes as it asks for; return the exit code."""
+    args = parser().parse_intermixed_args(argv)
+    # opened here too, so that a wrong config is one message and not one per process
+    cfg = config.load(args.config_file, args.overrides)
+    if args.device is None:
+        args.device = _device(cfg)
+    launch(run, args)
+    return 0
+
+
+def run(args: argparse.Namespace) -> dict[str, dict]:
+    """Do one process's part: train, or evaluate with ``--eval-only``; return the last results."""
+    exp = experiment(config.load(args.config_file, args.overrides), device=args.device)
+    _setup(exp, args)
+    if args.eval_only:
+        return _evaluate(exp, resume=args.resume)
+    return Trainer(exp, resume=args.resume).train()
+
+
+def _device(cfg) -> str:
+    device = cfg.train.get("device", "cuda") if config.kind_of(cfg) == "lazy" else cfg.MODEL.DEVICE
+    return config.resolve_device(str(device))
+
+
+def _setup(exp: Experiment, args: argparse.Namespace) -> None:
+    """Create the output folder, start the log, and keep the config beside the results."""
+    folder = Path(exp.settings.output_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        setup_logging(folder, rank=comm.get_rank())
+        if comm.is_main_process():
+            config.save(exp.cfg, folder / "config.yaml")
+    except OSError as error:
+        raise UserError(
+            f"the output folder {folder} cannot be written ({error.strerror}); "
+            "set OUTPUT_DIR or train.output_dir"
+        ) from error
+    logger.info("command line: %s", shlex.join(sys.argv))
+    logger.info("environment:\n%s", environment.collect())
+    logger.info("resolved config: %s", folder / "config.yaml")
+
+
+def _evaluate(exp: Experiment, *, resume: bool) -> dict[str, dict]:
+    settings = exp.settings
+    path = settings.init_checkpoint
+    if resume:
+        path = CheckpointFolder(settings.output_dir).last() or path
+    if not path:
+        raise UserError(
+            "--eval-only needs weights: set MODEL.WEIGHTS or train.init_checkpoint, or add "
+            "--resume to take the last checkpoint of the output folder"
+        )
+    if not exp.test_names:
+        raise UserError(
+            "--eval-only needs a test set: set DATASETS.TEST or dataloader.test.dataset.names"
+        )
+    seed_process(settings.seed)
+    model = exp.build_model()
+    report = checkpoint.load_weights(model, path, allow_pickle=settings.allow_pickle)
+    report.require_complete()
+    return evaluate_model(exp, model)
