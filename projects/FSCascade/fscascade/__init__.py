@@ -3,7 +3,7 @@
 """
 
 from .config import add_fscascade_config
-from .predictor import StagePredictor
+from .predictor import StagePredictor, box_transform
 from .roi_heads import FSCascadeROIHeads
 from .sharing import ClassificationHeads, LocalizationHead
 
@@ -13,4 +13,5 @@ __all__ = [
     "LocalizationHead",
     "StagePredictor",
     "add_fscascade_config",
+    "box_transform",
 ]

@@ -6,6 +6,8 @@ Letters: R regions over all images, K foreground classes, F foreground regions, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from detectron2.config import configurable
 from detectron2.layers import ShapeSpec, cross_entropy
@@ -18,9 +20,16 @@ from d2dense.errors import UserError
 
 from .regions import Regions
 
-__all__ = ["BOX_PREDICTORS", "StagePredictor"]
+__all__ = ["BOX_PREDICTORS", "StagePredictor", "box_transform"]
 
 BOX_PREDICTORS = ("flatten", "avgpool")
+
+
+def box_transform(*, weights: Sequence[float]) -> Box2BoxTransform:
+    """Return the box coder with the weights of (dx, dy, dw, dh); TorchScript needs them as a tuple,
+    which a lazy config cannot hold.
+    """
+    return Box2BoxTransform(weights=tuple(float(w) for w in weights))
 
 
 class StagePredictor(FastRCNNOutputLayers):

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 import torch
 from detectron2.config import configurable
 from detectron2.layers import ShapeSpec
-from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.modeling.matcher import Matcher
 from detectron2.modeling.poolers import ROIPooler
 from detectron2.modeling.roi_heads import ROI_HEADS_REGISTRY, StandardROIHeads, build_box_head
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 from d2dense.errors import UserError
 
 from .config import check_config, check_per_stage
-from .predictor import StagePredictor
+from .predictor import StagePredictor, box_transform
 from .regions import pool_lists
 from .sharing import ClassificationHeads, LocalizationHead
 from .training import box_losses
@@ -109,11 +108,11 @@ class FSCascadeROIHeads(StandardROIHeads):
             positive_fraction=positive_fraction,
             proposal_matcher=Matcher([iou_thresholds[0]], [0, 1], allow_low_quality_matches=False),
             proposal_append_gt=proposal_append_gt,
-            box_in_features=box_in_features,
+            box_in_features=list(box_in_features),
             box_pooler=box_pooler,
             box_head=ClassificationHeads(box_heads, sharing=cfs),
             box_predictor=nn.ModuleList(box_predictors),
-            mask_in_features=mask_in_features,
+            mask_in_features=None if mask_in_features is None else list(mask_in_features),
             mask_pooler=mask_pooler,
             mask_head=mask_head,
             keypoint_in_features=keypoint_in_features,
@@ -149,16 +148,16 @@ class FSCascadeROIHeads(StandardROIHeads):
             channels=input_shape[in_features[0]].channels, height=side, width=side
         )
         conv_head = node.LFS or node.CONV_HEAD
-        heads, predictors = [], []
-        for weights in cascade.BBOX_REG_WEIGHTS:
-            heads.append(build_box_head(cfg, pooled_shape))
-            predictor = StagePredictor(
+        heads = [build_box_head(cfg, pooled_shape) for _ in cascade.IOUS]
+        predictors = [
+            StagePredictor(
                 cfg,
-                heads[-1].output_shape,
-                box2box_transform=Box2BoxTransform(weights=tuple(weights)),
+                head.output_shape,
+                box2box_transform=box_transform(weights=weights),
                 box_input_shape=pooled_shape if conv_head else None,
             )
-            predictors.append(predictor)
+            for head, weights in zip(heads, cascade.BBOX_REG_WEIGHTS)
+        ]
         loc_head = None
         if conv_head:
             loc_head = LocalizationHead(

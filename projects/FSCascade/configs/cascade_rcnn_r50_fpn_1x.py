@@ -1,0 +1,5 @@
+"""Cascade R-CNN: nothing shared; the fc feature also predicts the boxes."""
+
+from .fscascade_cfs_r50_fpn_1x import model
+
+model.roi_heads.cfs = False

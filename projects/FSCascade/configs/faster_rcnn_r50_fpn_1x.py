@@ -1,0 +1,7 @@
+"""Faster R-CNN FPN: a cascade of one stage, class-specific boxes (the baseline of the figures)."""
+
+from .cascade_rcnn_r50_fpn_1x import model
+
+for _per_stage in ("box_heads", "box_predictors", "iou_thresholds", "stage_loss_weights"):
+    model.roi_heads[_per_stage] = model.roi_heads[_per_stage][:1]
+model.roi_heads.box_predictors[0].cls_agnostic_bbox_reg = False

@@ -1,0 +1,1 @@
+"""FSCascade: classification and localisation features shared between stages (both rows on)."""
