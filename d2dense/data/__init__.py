@@ -7,7 +7,8 @@ from . import builtin
 from .classes import dataset_classes, resolve_class_counts
 from .datasets import DatasetSpec, register, register_custom
 from .loaders import build_test_loader, build_train_loader, get_dataset_dicts
-from .mappers import DetectionMapper, SampleError, SemanticMapper
+from .mappers import DetectionMapper, SemanticMapper
+from .reading import SampleError, read_label_map
 
 __all__ = [
     "DatasetSpec",
@@ -19,6 +20,7 @@ __all__ = [
     "builtin",
     "dataset_classes",
     "get_dataset_dicts",
+    "read_label_map",
     "register",
     "register_custom",
     "resolve_class_counts",

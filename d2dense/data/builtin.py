@@ -15,12 +15,7 @@ from pathlib import Path
 import detectron2.data.datasets  # noqa: F401  registers Detectron2's names
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from . import cityscapes, coco_format, folders
-
-try:
-    from . import shapes
-except ImportError:
-    shapes = None
+from . import cityscapes, coco_format, folders, shapes
 
 __all__ = ["dataset_root", "register_cityscapes", "register_shapes"]
 
@@ -38,10 +33,16 @@ def _add(name: str, loader, **metadata) -> None:
     MetadataCatalog.get(name).set(**metadata)
 
 
+def _make_shapes(root: Path) -> None:
+    # A set that is there stays, whatever its size.
+    if not all((root / "annotations" / f"instances_{s}.json").is_file() for s in ("train", "val")):
+        shapes.ensure(root)
+
+
 def register_shapes(root: str | Path) -> None:
     """Register the generated datasets with their files in ``root``, made when first needed."""
     root = Path(root)
-    generate = functools.partial(shapes.ensure, root)
+    generate = functools.partial(_make_shapes, root)
     names = list(shapes.CLASSES)
     for split in ("train", "val"):
         json_file = str(root / "annotations" / f"instances_{split}.json")
@@ -63,7 +64,7 @@ def register_shapes(root: str | Path) -> None:
             generate=generate,
             image_root=images,
             sem_seg_root=labels,
-            stuff_classes=list(shapes.STUFF_CLASSES),
+            stuff_classes=list(shapes.SEMANTIC_CLASSES),
             ignore_label=255,
             evaluator_type="sem_seg",
         )
@@ -87,6 +88,5 @@ def register_cityscapes(root: str | Path) -> None:
             )
 
 
-if hasattr(shapes, "CLASSES"):
-    register_shapes(dataset_root() / "shapes")
+register_shapes(dataset_root() / "shapes")
 register_cityscapes(dataset_root())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import mmap
 import os
 from collections import defaultdict
@@ -161,8 +162,8 @@ def _object(
             f"{len(contiguous)} categories; correct the id or add the category"
         )
     box = annotation.get("bbox")
-    if not isinstance(box, (list, tuple)) or len(box) != 4:
-        raise UserError(f"{where} has bbox {box!r}, expected [x, y, width, height]")
+    if not isinstance(box, list) or len(box) != 4 or not all(_is_finite(v) for v in box):
+        raise UserError(f"{where} has bbox {box!r}, expected numbers [x, y, width, height]")
     result = {
         "bbox": list(box),
         "bbox_mode": BoxMode.XYWH_ABS,
@@ -173,6 +174,10 @@ def _object(
     if mask:  # an empty one is how many tools write "boxes only"
         result["segmentation"] = _mask(mask, where)
     return result
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
 
 
 def _mask(mask: Any, where: str) -> list | dict:

@@ -139,6 +139,7 @@ def _folder_reader(spec: DatasetSpec, where: str) -> tuple[Callable, dict[str, A
         "sem_seg_root": spec.labels,
         "evaluator_type": "sem_seg",
         "ignore_label": spec.ignore_label,
+        "suffixes": {"image_suffix": spec.image_suffix, "label_suffix": spec.label_suffix},
     }
     if not isinstance(spec.classes, tuple):
         metadata["class_file"] = str(spec.classes)
@@ -148,9 +149,8 @@ def _folder_reader(spec: DatasetSpec, where: str) -> tuple[Callable, dict[str, A
         folders.load_semantic_folder,
         spec.images,
         spec.labels,
-        image_suffix=spec.image_suffix,
-        label_suffix=spec.label_suffix,
         ignore_label=spec.ignore_label,
+        **metadata["suffixes"],
     )
     return loader, metadata
 

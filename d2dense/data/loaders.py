@@ -32,7 +32,7 @@ from torch.utils import data as torchdata
 from d2dense.errors import UserError
 
 from . import datasets, mappers
-from .mappers import SampleError
+from .reading import SampleError
 
 __all__ = [
     "build_test_loader",
@@ -114,7 +114,7 @@ def build_train_loader(
 
     Raises:
         UserError: a batch that the processes cannot share, or an unknown sampler. While iterating,
-            a :class:`~d2dense.data.mappers.SampleError` that names the broken file.
+            a :class:`~d2dense.data.reading.SampleError` that names the broken file.
     """
     records = get_dataset_dicts(names=dataset) if isinstance(dataset, str) else list(dataset)
     world_size = comm.get_world_size()

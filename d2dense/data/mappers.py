@@ -15,7 +15,6 @@ import numpy as np
 import pycocotools.mask as mask_util
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import detection_utils
 from detectron2.data import transforms as T
 from detectron2.structures import (
     BitMasks,
@@ -25,98 +24,19 @@ from detectron2.structures import (
     PolygonMasks,
     polygons_to_bitmask,
 )
-from PIL import Image
 
 from d2dense.errors import UserError, nearest
 
 from . import augmentations as recipes
 from .geometry import clip_boxes, clip_polygon, polygon_area, transform_mask, transform_polygons
+from .reading import SampleError, read_image, read_sem_seg
 
-__all__ = [
-    "DetectionMapper",
-    "SampleError",
-    "SemanticMapper",
-    "from_cfg",
-    "read_image",
-    "read_label_map",
-]
+__all__ = ["DetectionMapper", "SemanticMapper", "from_cfg"]
 
 logger = logging.getLogger(__name__)
 
 # Boxes with a side below this many pixels after augmentation are dropped.
 _MIN_SIDE = 1e-5
-
-
-class SampleError(UserError):
-    """A sample cannot be used: its file is missing or broken, or contradicts its annotation."""
-
-    def __init__(self, message: str, file_name: str = ""):
-        super().__init__(message, file_name)
-        self.file_name = file_name
-
-    def __str__(self) -> str:
-        return self.args[0]
-
-
-def read_image(record: dict[str, Any], image_format: str) -> np.ndarray:
-    """Read a record's picture as (H, W, C) uint8, EXIF orientation applied, and note its size in
-    the record.
-
-    Raises:
-        SampleError: the file is missing, broken, or not of the annotated size.
-    """
-    path = record["file_name"]
-    try:
-        image = detection_utils.read_image(path, format=image_format)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise SampleError(f"cannot read image {path}: {error}", path) from None
-    height, width = image.shape[:2]
-    expected = record.setdefault("height", height), record.setdefault("width", width)
-    if expected != (height, width):
-        raise SampleError(
-            f"image {path} is {width}x{height}, but its annotation says "
-            f"{expected[1]}x{expected[0]}; correct the annotation or the file",
-            path,
-        )
-    return image
-
-
-def read_label_map(path: str) -> np.ndarray:
-    """Read a label image as (H, W) class numbers; a palette image gives its indices, not its
-    colours.
-
-    Raises:
-        SampleError: missing, broken, or a colour picture.
-    """
-    try:
-        with Image.open(path) as image:
-            labels = np.asarray(image)
-    except (OSError, ValueError, SyntaxError) as error:
-        raise SampleError(f"cannot read label map {path}: {error}", path) from None
-    if labels.ndim != 2:
-        raise SampleError(
-            f"label map {path} has {labels.shape[2]} channels, expected one with class "
-            "numbers (grey or palette PNG)",
-            path,
-        )
-    return labels.astype(np.uint8) if labels.dtype == bool else labels
-
-
-def _read_sem_seg(record: dict[str, Any], image: np.ndarray, ignore_label: int) -> np.ndarray:
-    """Read the record's label map with the data's own ignore label replaced by ``ignore_label``."""
-    path = record["sem_seg_file_name"]
-    labels = read_label_map(path)
-    if labels.shape != image.shape[:2]:
-        raise SampleError(
-            f"label map {path} is {labels.shape[1]}x{labels.shape[0]}, but its image is "
-            f"{image.shape[1]}x{image.shape[0]}",
-            path,
-        )
-    own = record.get("sem_seg_ignore_label", ignore_label)
-    if own != ignore_label:
-        labels = np.where(labels == own, np.array(ignore_label, labels.dtype), labels)
-    # The transforms resize uint8 with PIL and everything else as float.
-    return labels if labels.dtype == np.uint8 else labels.astype(np.float32)
 
 
 def _to_tensor(image: np.ndarray) -> torch.Tensor:
@@ -181,7 +101,7 @@ class DetectionMapper:
         boxes = clip_boxes(_xyxy(annotations), height, width)
         sem_seg = None
         if self.is_train and "sem_seg_file_name" in record:
-            sem_seg = _read_sem_seg(record, image, self.ignore_label)
+            sem_seg = read_sem_seg(record, image, self.ignore_label)
         inputs = T.AugInput(image, boxes=boxes if self.is_train else None, sem_seg=sem_seg)
         transforms = self.augmentations(inputs)
         record["image"] = _to_tensor(inputs.image)
@@ -318,7 +238,7 @@ class SemanticMapper:
                     "semantic dataset",
                     record["file_name"],
                 )
-            sem_seg = _read_sem_seg(record, image, self.ignore_label)
+            sem_seg = read_sem_seg(record, image, self.ignore_label)
         inputs = T.AugInput(image, sem_seg=sem_seg)
         self.augmentations(inputs)
         record["image"] = _to_tensor(inputs.image)
