@@ -202,6 +202,12 @@ class _ProcessGroup:
         comm.synchronize()
 
     def __exit__(self, kind, *error) -> None:
-        # after an error the others may never arrive, and the end of the process frees everything
-        if kind is None:
-            dist.destroy_process_group()
+        if kind is not None:
+            return  # the others may never arrive; the end of the process frees everything
+        comm.synchronize()
+        # The groups that detectron2 remembers would outlive the interpreter, and their threads abort
+        # the process then.
+        comm._LOCAL_PROCESS_GROUP = None
+        comm.create_local_process_group.cache_clear()
+        comm._get_global_gloo_group.cache_clear()
+        dist.destroy_process_group()

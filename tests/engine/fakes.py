@@ -49,7 +49,7 @@ class FakeEvaluator(DatasetEvaluator):
         self.values += [float(output["value"].sum()) for output in outputs]
 
     def evaluate(self):
-        values = sum(comm.all_gather(self.values), [])
+        values = [value for part in comm.all_gather(self.values) for value in part]
         value = sum(values) / len(values)
         if self.script is not None:
             value = self.script.pop(0)

@@ -1,0 +1,363 @@
+"""The training loop on a tiny model: checkpoints, resuming, averages, evaluation, reports."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+
+import pytest
+import torch
+from torch import nn
+
+from d2dense import checkpoint
+from d2dense.engine.trainer import Trainer
+from d2dense.errors import UserError
+from tests.engine.fakes import FakeExperiment, make_batches
+
+
+def weights(path):
+    return checkpoint.read(path)["model"]
+
+
+def assert_equal(found, expected):
+    assert set(found) == set(expected)
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
+
+
+def test_training_writes_checkpoints_metrics_and_results(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    trainer = Trainer(FakeExperiment(tmp_path, checkpoint_period=2, eval_period=3))
+    results = trainer.train()
+    assert set(results) == {"first"}
+    names = {file.name for file in tmp_path.glob("*.pth")}
+    periodic = {f"model_{iteration:07d}.pth" for iteration in (1, 3, 5)}
+    assert names == periodic | {"model_final.pth"}
+    assert (tmp_path / "last_checkpoint").read_text() == "model_final.pth"
+    content = checkpoint.read(tmp_path / "model_final.pth")
+    assert content["iteration"] == 5
+    assert {"model", "optimizer", "scheduler", "scaler", "iteration"} <= set(content)
+    assert "ema" not in content
+    assert_equal(content["model"], trainer.model.state_dict())
+    assert checkpoint.read(tmp_path / "model_0000001.pth")["iteration"] == 1
+
+    rows = {row["iteration"]: row for row in metrics(tmp_path)}
+    assert set(rows) == {2, 5}
+    for row in rows.values():
+        assert row["total_loss"] == pytest.approx(row["loss_first"] + row["loss_second"], rel=0.5)
+        for name in ("lr", "time", "data_time", "images_per_second", "eta_seconds", "max_mem_mb"):
+            assert row[name] >= 0, name
+        assert row["fake/score"] == pytest.approx(results["first"]["fake"]["score"], abs=1.0)
+    assert rows[5]["fake/score"] == results["first"]["fake"]["score"]
+    assert rows[5]["lr"] == pytest.approx(0.05 * (1 - 5 / 6))
+    assert rows[5]["eta_seconds"] == 0
+    assert list(tmp_path.glob("events.out.tfevents*"))
+
+
+def test_console_has_one_line_per_period(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    Trainer(FakeExperiment(tmp_path, max_iter=7, log_period=3, test_names=())).train()
+    lines = [r.getMessage() for r in caplog.records if r.getMessage().startswith("iter ")]
+    assert [line.split()[1] for line in lines] == ["3/7", "6/7", "7/7"]
+    pattern = (
+        r"iter \d+/7  eta \d+:\d\d:\d\d  total_loss \S+  loss_first \S+  loss_second \S+  "
+        r"lr \S+  images/s \S+  data \S+s  step \S+s  mem \d+MB"
+    )
+    assert all(re.fullmatch(pattern, line) for line in lines), lines
+
+
+def test_losses_are_reported_per_iteration_and_throughput_counts_every_image(tmp_path):
+    batches = make_batches(6, 2)
+    experiment = FakeExperiment(
+        tmp_path, batches=batches, accumulation_steps=2, max_iter=3, log_period=3, test_names=()
+    )
+    trainer = Trainer(experiment)
+    trainer.train()
+    assert experiment.built_models[0].calls == 6
+    assert len(trainer.storage.history("total_loss").values()) == 3
+    (row,) = metrics(tmp_path)
+    assert row["images_per_second"] * row["time"] == pytest.approx(4)
+
+
+def test_seeded_runs_end_with_identical_weights(tmp_path):
+    runs = []
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        Trainer(FakeExperiment(tmp_path / name, seed=seed, norm=True, test_names=())).train()
+        runs.append(weights(tmp_path / name / "model_final.pth"))
+    assert_equal(runs[0], runs[1])
+    assert not torch.equal(runs[0]["stem.weight"], runs[2]["stem.weight"])
+
+
+class Stop(Exception):
+    pass
+
+
+def interrupt(trainer, *, after):
+    """Let ``trainer`` fail in the step after ``after`` completed ones, as a crash would."""
+    step = trainer.step
+
+    def failing(batches):
+        if trainer.completed == after:
+            raise Stop
+        return step(batches)
+
+    failing.model, failing.scaler = step.model, step.scaler
+    trainer.step = failing
+    with pytest.raises(Stop):
+        trainer.train()
+
+
+def test_resume_goes_on_where_the_last_checkpoint_was(tmp_path):
+    batches = [make_batches(1, 4)[0]]  # one batch: the order of the data plays no part
+    settings = {
+        "batches": batches,
+        "norm": True,
+        "max_iter": 8,
+        "checkpoint_period": 2,
+        "ema_enabled": True,
+        "ema_decay": 0.9,
+        "ema_warmup": True,
+        "optimizer": lambda parameters: torch.optim.AdamW(parameters, lr=0.01),
+        "test_names": (),
+    }
+    Trainer(FakeExperiment(tmp_path / "whole", **settings)).train()
+    interrupt(Trainer(FakeExperiment(tmp_path / "parts", **settings)), after=5)
+    trainer = Trainer(FakeExperiment(tmp_path / "parts", **settings), resume=True)
+    assert trainer.completed == 4
+    trainer.train()
+    whole = checkpoint.read(tmp_path / "whole" / "model_final.pth")
+    parts = checkpoint.read(tmp_path / "parts" / "model_final.pth")
+    for key in ("model", "train_model"):
+        assert_equal(parts[key], whole[key])
+    assert_equal(parts["ema"]["weights"], whole["ema"]["weights"])
+    assert parts["ema"]["updates"] == whole["ema"]["updates"] == 8
+    assert [row["iteration"] for row in metrics(tmp_path / "parts")] == [2, 5, 7]
+
+
+def test_resume_without_a_checkpoint_starts_anew_and_a_finished_run_stays(tmp_path):
+    experiment = FakeExperiment(tmp_path, test_names=())
+    Trainer(experiment, resume=True).train()
+    before = (tmp_path / "model_final.pth").stat().st_mtime_ns
+    again = Trainer(FakeExperiment(tmp_path, test_names=()), resume=True)
+    assert again.completed == 6
+    again.train()
+    assert (tmp_path / "model_final.pth").stat().st_mtime_ns == before
+    with pytest.raises(UserError, match="does not fit this config"):
+        Trainer(FakeExperiment(tmp_path, norm=True), resume=True)
+
+
+def test_only_the_newest_periodic_checkpoints_stay_also_after_resuming(tmp_path):
+    settings = {"checkpoint_period": 1, "checkpoint_keep": 2, "max_iter": 6, "test_names": ()}
+    interrupt(Trainer(FakeExperiment(tmp_path, **settings)), after=3)
+    assert sorted(f.name for f in tmp_path.glob("model_0*")) == [
+        "model_0000001.pth",
+        "model_0000002.pth",
+    ]
+    Trainer(FakeExperiment(tmp_path, **settings), resume=True).train()
+    assert sorted(f.name for f in tmp_path.glob("model_*")) == [
+        "model_0000004.pth",
+        "model_0000005.pth",
+        "model_final.pth",
+    ]
+
+
+def test_initial_weights_are_loaded(tmp_path):
+    first = Trainer(FakeExperiment(tmp_path / "a", test_names=()))
+    first.train()
+    path = str(tmp_path / "a" / "model_final.pth")
+    second = Trainer(FakeExperiment(tmp_path / "b", init_checkpoint=path, seed=7))
+    assert_equal(second.model.state_dict(), first.model.state_dict())
+    assert second.completed == 0
+    with pytest.raises(UserError, match="does not exist"):
+        Trainer(FakeExperiment(tmp_path / "c", init_checkpoint=str(tmp_path / "none.pth")))
+
+
+@pytest.mark.parametrize("ema_eval", [True, False])
+def test_averaged_weights_equal_the_recurrence_and_are_evaluated_and_saved(tmp_path, ema_eval):
+    settings = {"batches": make_batches(1, 4), "norm": True, "max_iter": 5}
+    plain = Trainer(FakeExperiment(tmp_path / "plain", checkpoint_period=1, **settings))
+    initial = {name: value.clone() for name, value in plain.model.state_dict().items()}
+    plain.train()
+    expected = initial
+    for iteration in range(5):
+        raw = weights(tmp_path / "plain" / f"model_{iteration:07d}.pth")
+        for name, value in raw.items():
+            mean = 0.8 * expected[name] + 0.2 * value
+            expected[name] = mean if value.is_floating_point() else value
+
+    trainer = Trainer(
+        FakeExperiment(
+            tmp_path / "ema", ema_enabled=True, ema_decay=0.8, ema_eval=ema_eval, **settings
+        )
+    )
+    results = trainer.train()
+    content = checkpoint.read(tmp_path / "ema" / "model_final.pth")
+    for name, value in expected.items():
+        torch.testing.assert_close(content["ema"]["weights"][name], value)
+    # training itself is not touched, and "model" is what the evaluation used
+    assert_equal(content.get("train_model", content["model"]), raw)
+    assert_equal(content["model"], content["ema"]["weights"] if ema_eval else raw)
+    fresh = FakeExperiment(tmp_path / "fresh", norm=True)
+    model = fresh.build_model().eval()
+    checkpoint.load_weights(model, tmp_path / "ema" / "model_final.pth")
+    outputs = [model(batch)[0]["value"].sum().item() for batch in fresh.build_test_loader("")]
+    assert results["first"]["fake"]["score"] == pytest.approx(sum(outputs) / 4, rel=1e-5)
+
+
+def test_best_checkpoint_and_early_stop(tmp_path):
+    script = [1.0, 5.0, 4.0, float("nan"), 3.0, 9.0]
+    experiment = FakeExperiment(
+        tmp_path,
+        script=script,
+        max_iter=20,
+        eval_period=2,
+        best_metric="fake/score",
+        early_stop_patience=3,
+        checkpoint_period=2,
+    )
+    trainer = Trainer(experiment)
+    trainer.train()
+    assert script == [9.0]
+    assert trainer.completed == 10
+    assert "no better fake/score in 3 evaluations" in trainer.stop_reason
+    assert_equal(weights(tmp_path / "model_best.pth"), weights(tmp_path / "model_0000003.pth"))
+    final = checkpoint.read(tmp_path / "model_final.pth")
+    assert final["iteration"] == 9
+    assert final["hooks"]["PeriodicEvaluation"]["best"]["value"] == 5.0
+    assert (tmp_path / "last_checkpoint").read_text() == "model_final.pth"
+    assert [row["iteration"] for row in metrics(tmp_path)][-1] == 9
+
+
+def test_lower_can_be_better_and_a_wrong_metric_is_named(tmp_path):
+    settings = {"eval_period": 2, "best_mode": "min", "best_metric": "fake/score"}
+    trainer = Trainer(FakeExperiment(tmp_path / "a", script=[3.0, 1.0, 2.0], **settings))
+    trainer.train()
+    assert checkpoint.read(tmp_path / "a" / "model_best.pth")["iteration"] == 3
+    settings["best_metric"] = "fake/scor"
+    with pytest.raises(UserError, match="did you mean 'fake/score'"):
+        Trainer(FakeExperiment(tmp_path / "b", **settings)).train()
+
+
+def test_several_test_sets_are_evaluated_each_under_its_name(tmp_path):
+    experiment = FakeExperiment(
+        tmp_path, test_names=("a", "b"), best_metric="b/fake/score", eval_period=3
+    )
+    results = Trainer(experiment).train()
+    assert set(results) == {"a", "b"}
+    assert (tmp_path / "model_best.pth").is_file()
+    assert {"a/fake/score", "b/fake/score"} <= set(metrics(tmp_path)[-1])
+
+
+def test_a_crash_in_an_evaluation_loses_no_training_and_resuming_repeats_it(tmp_path):
+    settings = {"eval_period": 4, "checkpoint_period": 4, "best_metric": "fake/score"}
+    trainer = Trainer(FakeExperiment(tmp_path, script=[], **settings))
+    with pytest.raises(IndexError):
+        trainer.train()
+    resumed = Trainer(FakeExperiment(tmp_path, script=[2.0, 1.0], **settings), resume=True)
+    assert resumed.completed == 4
+    resumed.train()
+    assert checkpoint.read(tmp_path / "model_best.pth")["iteration"] == 3
+
+
+def test_evaluation_leaves_training_mode_and_step_time_alone(tmp_path):
+    import time
+
+    experiment = FakeExperiment(tmp_path, eval_period=1, max_iter=3, log_period=1)
+    load = experiment.build_test_loader
+    experiment.build_test_loader = lambda name: time.sleep(0.3) or load(name)
+    trainer = Trainer(experiment)
+    trainer.train()
+    assert trainer.model.training
+    assert all(row["time"] < 0.25 for row in metrics(tmp_path))
+
+
+def test_channels_last_reaches_weights_and_features(tmp_path):
+    trainer = Trainer(FakeExperiment(tmp_path, channels_last=True, test_names=()))
+    layouts = []
+    trainer.model.stem.register_forward_hook(
+        lambda module, inputs, output: layouts.append(
+            output.is_contiguous(memory_format=torch.channels_last)
+        )
+    )
+    trainer.train()
+    assert layouts == [True] * 6
+    assert trainer.model.stem.weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_compile_is_opt_in_and_changes_no_result(tmp_path, monkeypatch):
+    import functools
+
+    compile_eagerly = functools.partial(torch.compile, backend="eager")
+    monkeypatch.setattr(torch, "compile", compile_eagerly)
+    runs = []
+    for enabled in (False, True):
+        trainer = Trainer(FakeExperiment(tmp_path / str(enabled), compile=enabled))
+        assert (trainer.model._compiled_call_impl is not None) == enabled
+        trainer.train()
+        runs.append(weights(tmp_path / str(enabled) / "model_final.pth"))
+    assert set(runs[0]) == set(runs[1])
+    for name, value in runs[0].items():
+        torch.testing.assert_close(runs[1][name], value)
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.checkpointing = False
+
+    def set_grad_checkpointing(self, enable=True):
+        self.checkpointing = enable
+
+
+def test_activation_checkpointing_reaches_every_module_that_offers_it(tmp_path):
+    experiment = FakeExperiment(tmp_path, activation_checkpointing=True)
+    with pytest.raises(UserError, match="activation_checkpointing"):
+        Trainer(experiment)
+    build = experiment.build_model
+
+    def with_blocks():
+        model = build()
+        model.blocks = nn.ModuleList([Block(), Block()])
+        return model
+
+    experiment.build_model = with_blocks
+    trainer = Trainer(experiment)
+    assert [block.checkpointing for block in trainer.model.blocks] == [True, True]
+
+
+def test_detectron2_residual_blocks_recompute_with_equal_gradients():
+    from detectron2.modeling.backbone.resnet import BasicBlock
+
+    from d2dense.engine.recompute import enable_activation_checkpointing
+
+    torch.manual_seed(0)
+    plain = nn.Sequential(BasicBlock(4, 4, norm="FrozenBN"))
+    torch.manual_seed(0)
+    wrapped = nn.Sequential(BasicBlock(4, 4, norm="FrozenBN"), BasicBlock(4, 4, norm="BN"))
+    names = set(wrapped.state_dict())
+    assert enable_activation_checkpointing(wrapped) == 1  # batch statistics must not move twice
+    assert set(wrapped.state_dict()) == names
+    calls = []
+    wrapped[0].conv1.register_forward_hook(lambda *_: calls.append(1))
+    inputs = torch.randn(1, 4, 5, 5)
+    wrapped[0](inputs).sum().backward()
+    plain[0](inputs).sum().backward()
+    assert len(calls) == 2
+    for expected, found in zip(plain[0].parameters(), wrapped[0].parameters()):
+        assert torch.equal(found.grad, expected.grad)
+    wrapped.eval()
+    wrapped[0](inputs)
+    assert len(calls) == 3
+
+
+def test_an_empty_training_loader_is_said(tmp_path):
+    experiment = FakeExperiment(tmp_path)
+    experiment.build_train_loader = list
+    with pytest.raises(UserError, match="no batch"):
+        Trainer(experiment).train()
