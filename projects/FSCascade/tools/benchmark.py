@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from detectron2.layers import FrozenBatchNorm2d
 from detectron2.structures import Boxes, Instances
+from detectron2.utils.events import EventStorage
 
 from d2dense import benchmark, config
 from d2dense.errors import run_tool
@@ -69,7 +70,8 @@ def training_step(model, batch):
 
     def step():
         model.zero_grad(set_to_none=True)
-        sum(model(batch).values()).backward()
+        with EventStorage():  # detectron2's heads log into it
+            sum(model(batch).values()).backward()
 
     return step
 

@@ -24,6 +24,7 @@ def config(
     channels: int = CHANNELS,
     side: int = 5,
     fc_dim: int = 16,
+    agnostic: bool = True,
     **fscascade,
 ):
     """Return a yacs config of small heads; keyword arguments in lower case set MODEL.FSCASCADE."""
@@ -36,7 +37,7 @@ def config(
     cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = 0.0
     box_head = cfg.MODEL.ROI_BOX_HEAD
     box_head.NAME, box_head.NUM_FC, box_head.FC_DIM = "FastRCNNConvFCHead", 2, fc_dim
-    box_head.POOLER_RESOLUTION, box_head.CLS_AGNOSTIC_BBOX_REG = side, True
+    box_head.POOLER_RESOLUTION, box_head.CLS_AGNOSTIC_BBOX_REG = side, agnostic
     cascade = cfg.MODEL.ROI_BOX_CASCADE_HEAD
     cascade.IOUS = [0.5, 0.6, 0.7, 0.75][:num_stages]
     cascade.BBOX_REG_WEIGHTS = [
@@ -59,7 +60,9 @@ def heads(seed: int = 0, **settings):
     channels = settings.get("channels", CHANNELS)
     shapes = {name: ShapeSpec(channels=channels, stride=s) for name, s in LEVELS.items()}
     built = build_roi_heads(cfg, shapes)
-    for predictor in built.box_predictor:
+    for predictor in built.box_predictor.modules():
+        if not hasattr(predictor, "cls_score"):
+            continue
         torch.nn.init.normal_(predictor.cls_score.weight, std=0.3)
         torch.nn.init.normal_(predictor.bbox_pred.weight, std=0.3)
     return built
