@@ -100,10 +100,10 @@ def _read_pickle(local: Path, path: object) -> Any:
 
 def _plain(value: Any, key: str) -> Any:
     """Return ``value`` made of dicts, lists, tuples, plain values and tensors only."""
+    if isinstance(value, np.generic):  # first: numpy's float64 is a float too
+        return value.item()
     if value is None or isinstance(value, (torch.Tensor, str, bool, int, float)):
         return value
-    if isinstance(value, np.generic):
-        return value.item()
     if isinstance(value, Mapping):
         return {name: _plain(each, f"{key}.{name}") for name, each in value.items()}
     if isinstance(value, tuple):

@@ -205,7 +205,7 @@ class _ProcessGroup:
         if kind is not None:
             return  # the others may never arrive; the end of the process frees everything
         comm.synchronize()
-        # The groups that detectron2 remembers would outlive the interpreter, and their threads abort
+        # The groups that detectron2 remembers would outlive the interpreter; their threads abort
         # the process then.
         comm._LOCAL_PROCESS_GROUP = None
         comm.create_local_process_group.cache_clear()

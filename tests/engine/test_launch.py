@@ -131,7 +131,7 @@ def test_all_processes_stop_early_together(tmp_path):
 
 
 def test_a_users_mistake_in_a_process_is_one_user_error():
-    with pytest.raises(UserError, match="^found one thing, expected another$"):
+    with pytest.raises(UserError, match=r"^found one thing, expected another$"):
         launch(workers.fail_on_the_second, workers.arguments())
 
 

@@ -1,4 +1,4 @@
-"""What the processes of the multi-process tests do; run as a script it launches :func:`describe`."""
+"""What the processes of the multi-process tests do; as a script it launches :func:`describe`."""
 
 from __future__ import annotations
 
