@@ -6,6 +6,8 @@ filled by the even-odd rule, so the second contour of a ring is its hole.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 __all__ = ["CLASSES", "OUTLINES", "blob", "place", "stroke"]
@@ -86,50 +88,54 @@ OUTLINES: dict[str, list[np.ndarray]] = {
 CLASSES: tuple[str, ...] = tuple(OUTLINES)
 
 
+_STEPS = np.linspace(-0.5, 0.5, 12)
+_LINE = np.stack([_STEPS, np.zeros(12)], axis=1)
+_BEND, _TWIST = 4 * _STEPS**2 - 1, 0.3 * np.sin(2 * np.pi * _STEPS)
+_NEIGHBOURS = np.array([0, *range(12), 11])
+_ANGLES = np.arange(24) * 2 * np.pi / 24
+
+
 def blob(rng: np.random.Generator) -> list[np.ndarray]:
     """An irregular pebble- or leaf-like outline that belongs to no class."""
-    angle = np.arange(24) * 2 * np.pi / 24
     radius = np.ones(24)
-    for wave in (2, 3, 5):
-        radius += 0.5 / wave * rng.uniform(-1, 1) * np.cos(wave * angle + rng.uniform(0, 6.3))
-    return [_polar(radius, angle)]
+    for wave, depth, phase in zip((2, 3, 5), *rng.uniform(-1, 1, (2, 3))):
+        radius += 0.5 / wave * depth * np.cos(wave * _ANGLES + np.pi * phase)
+    return [_polar(radius, _ANGLES)]
 
 
 def stroke(rng: np.random.Generator, *, length: float, width: float) -> list[np.ndarray]:
     """A bent stroke, such as a wire or a twig, in pixels around the origin."""
-    t = np.linspace(-0.5, 0.5, 12)
     bend, twist = rng.uniform(-0.25, 0.25, 2)
-    line = np.stack([t, bend * (4 * t * t - 1) + twist * np.sin(6.3 * t) * 0.3], axis=1) * length
-    along = np.gradient(line, axis=0)
-    normal = np.stack([-along[:, 1], along[:, 0]], axis=1)
-    normal *= width / 2 / np.linalg.norm(normal, axis=1, keepdims=True)
-    return [np.concatenate([line + normal, (line - normal)[::-1]])]
+    line = _LINE + np.outer(_BEND * bend + _TWIST * twist, (0.0, 1.0))
+    ends = line[_NEIGHBOURS]
+    normal = (ends[2:] - ends[:-2])[:, ::-1] * (-1, 1)
+    normal *= width / length / 2 / np.hypot(normal[:, :1], normal[:, 1:])
+    return [np.concatenate([line + normal, (line - normal)[::-1]]) * length]
 
 
 def place(
     outline: list[np.ndarray],
     *,
-    extent: float | None,
+    extent: float,
     angle: float,
     aspect: float = 1.0,
     shear: float = 0.0,
     centre: tuple[float, float],
 ) -> list[np.ndarray]:
-    """Stretch, shear and rotate an outline, scale it and move it.
+    """Stretch, shear, rotate, scale and move an outline, in this order.
 
     Args:
         outline: contours, each (P, 2).
-        extent: longer side in pixels of the placed outline's box; None keeps the outline's own
-            scale.
+        extent: longer side in pixels of the placed outline's box.
         angle: rotation in radians.
-        aspect: factor of the width over the height, before the rotation.
+        aspect: factor of the width over the height.
         shear: horizontal shift per unit of height.
         centre: xy in pixels where the origin of the outline goes.
     """
-    cos, sin = np.cos(angle), np.sin(angle)
-    matrix = np.array([[cos, -sin], [sin, cos]]) @ np.array([[aspect, shear], [0.0, 1.0]])
-    placed = [contour @ matrix.T for contour in outline]
-    if extent is not None:
-        scale = extent / np.ptp(placed[0], axis=0).max()
-        placed = [contour * scale for contour in placed]
-    return [contour + centre for contour in placed]
+    cos, sin = math.cos(angle), math.sin(angle)
+    matrix = np.array(
+        [[cos * aspect, sin * aspect], [cos * shear - sin, sin * shear + cos]]
+    )  # transposed, for rows of points
+    outer = outline[0] @ matrix
+    matrix *= extent / (outer.max(axis=0) - outer.min(axis=0)).max()
+    return [contour @ matrix + centre for contour in outline]

@@ -24,19 +24,18 @@ def mask_to_polygons(mask: np.ndarray, *, offset: tuple[int, int] = (0, 0)) -> l
     polygons, stack = [], [(np.ascontiguousarray(mask != 0), *offset)]
     while stack:
         part, left, top = stack.pop()
-        cycles = _boundary_cycles(part)
-        hole = next((cycle for cycle in cycles if _signed_area(cycle) < 0), None)
-        if hole is None:
-            polygons += [[v for x, y in cycle for v in (x + left, y + top)] for cycle in cycles]
-        else:
-            columns = [x for x, _ in hole]
+        outer, holes = _boundary_curves(part)
+        if holes:
+            columns = [x for x, _ in holes[0]]
             cut = max((min(columns) + max(columns)) // 2, 1)
             stack += [(part[:, cut:], left + cut, top), (part[:, :cut], left, top)]
+        else:
+            polygons += [[v for x, y in curve for v in (x + left, y + top)] for curve in outer]
     return polygons
 
 
-def _boundary_cycles(mask: np.ndarray) -> list[list[tuple[int, int]]]:
-    """Trace the pixel-edge curves of a boolean mask (H, W); outer ones clockwise on the screen.
+def _boundary_curves(mask: np.ndarray) -> tuple[list[list], list[list]]:
+    """Trace the closed pixel-edge curves of a boolean mask (H, W): outer ones, and those of holes.
 
     A corner of the pixel grid is a vertex where the four pixels around it hold an odd number of
     mask pixels, and twice a vertex where two pixels touch only by that corner. Along a row of
@@ -47,35 +46,29 @@ def _boundary_cycles(mask: np.ndarray) -> list[list[tuple[int, int]]]:
     padded = np.zeros((height + 2, width + 2), dtype=bool)
     padded[1:-1, 1:-1] = mask
     a, b, c, d = padded[:-1, :-1], padded[:-1, 1:], padded[1:, :-1], padded[1:, 1:]
-    touching = (a == d) & (b == c) & (a != b)
-    copies = ((a ^ b ^ c ^ d) + 2 * touching).ravel()
-    corners = np.repeat(np.arange(copies.size), copies)  # sorted by row, then by column
+    odd = a ^ b ^ c ^ d
+    touching = ~odd & (a ^ b) & (a ^ c)
+    corners = np.flatnonzero(odd | touching)  # sorted by row, then by column
+    corners = np.repeat(corners, 1 + touching.ravel()[corners])
     y, x = np.divmod(corners, width + 1)
     by_column = np.lexsort((y, x))
     vertical = np.empty_like(by_column)
     vertical[by_column] = by_column.reshape(-1, 2)[:, ::-1].ravel()
-    x, y, vertical = x.tolist(), y.tolist(), vertical.tolist()
+    # The first vertex met of a curve starts its topmost edge: the mask lies below that edge where
+    # the curve is an outer one, and above it around a hole.
+    below = d.ravel()[corners].tolist()
+    points, vertical = list(zip(x.tolist(), y.tolist())), vertical.tolist()
 
-    cycles, seen = [], [False] * len(x)
-    for start in range(0, len(x), 2):
+    outer, holes = [], []
+    seen = [False] * len(points)
+    for start in range(0, len(points), 2):
         if seen[start]:
             continue
-        # The first vertex is the topmost, leftmost one of its curve: its edge to the right is
-        # walked eastwards where the mask lies below it, westwards where it lies above, which tells
-        # the outside from a hole.
-        vertex = (
-            start if mask[y[start] : y[start] + 1, x[start] : x[start] + 1].any() else start + 1
-        )
-        cycle = []
+        vertex, curve = start, []
         while not seen[vertex]:
             partner = vertex ^ 1
-            cycle += [(x[vertex], y[vertex]), (x[partner], y[partner])]
+            curve += (points[vertex], points[partner])
             seen[vertex] = seen[partner] = True
             vertex = vertical[partner]
-        cycles.append(cycle)
-    return cycles
-
-
-def _signed_area(cycle: list[tuple[int, int]]) -> int:
-    """Area inside a curve, negative for a hole, from its horizontal edges (every other one)."""
-    return sum((x0 - x1) * y for (x0, y), (x1, _) in zip(cycle[::2], cycle[1::2]))
+        (outer if below[start] else holes).append(curve)
+    return outer, holes

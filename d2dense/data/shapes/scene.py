@@ -8,6 +8,7 @@ therefore always agree.
 from __future__ import annotations
 
 import colorsys
+import math
 from dataclasses import dataclass
 
 import cv2
@@ -23,6 +24,10 @@ MAX_OBJECTS = 200  # item numbers are kept in one byte
 MIN_VISIBLE_SHARE, MIN_VISIBLE_PIXELS = 0.4, 30
 EMPTY_SHARE = 0.04  # of the pictures: background and clutter alone
 CLUTTER = -1
+Colour = tuple[float, float, float]  # BGR, 0..255
+# Rotation in radians, logarithm of the aspect ratio, shear.
+_POSE_HIGH = np.array([0.6, 0.22, 0.15])
+_POSE_LOW = -_POSE_HIGH
 _SHIFT = 4  # bits of sub-pixel precision in drawing
 
 
@@ -78,8 +83,9 @@ def make_scene(
     owner, items = _lay_out(rng, height, width, objects)
     material, kinds = _lay_background(rng, height, width)
     image, colours = _paint_background(rng, material, kinds)
+    previous: list[Colour] = []
     for item in reversed(items):
-        _paint_item(rng, image, item, colours)
+        previous = [_paint_item(rng, image, item, colours + previous)]
     return Scene(_photograph(rng, image), owner, items, material)
 
 
@@ -114,50 +120,52 @@ def _place_object(
 ) -> list[np.ndarray]:
     """Return an object's contours; now and then it is put half behind the one placed before."""
     largest = max(min(height, width) / 2, MIN_SIZE)
-    extent = MIN_SIZE * (largest / MIN_SIZE) ** rng.random()  # as many objects in each octave
+    size, beside, x, y, direction = rng.random(5).tolist()
+    extent = MIN_SIZE * (largest / MIN_SIZE) ** size  # as many objects in each octave
     margin = 0.3 * extent
-    low, high = np.full(2, margin), np.array([width, height]) - margin
-    centre = rng.uniform(low, high)
-    if neighbour is not None and rng.random() < 0.35:
-        direction = rng.uniform(0, 2 * np.pi)
-        gap = 0.4 * (extent + np.ptp(neighbour, axis=0).max())
-        beside = neighbour.mean(axis=0) + gap * np.array([np.cos(direction), np.sin(direction)])
-        centre = beside.clip(low, high)
+    x, y = margin + x * (width - 2 * margin), margin + y * (height - 2 * margin)
+    if neighbour is not None and beside < 0.35:
+        low, high = neighbour.min(axis=0), neighbour.max(axis=0)
+        gap = 0.4 * (extent + (high - low).max())
+        centre = (low + high) / 2
+        x = centre[0] + gap * math.cos(2 * math.pi * direction)
+        y = centre[1] + gap * math.sin(2 * math.pi * direction)
+        x, y = min(max(x, margin), width - margin), min(max(y, margin), height - margin)
+    angle, stretch, shear = rng.uniform(_POSE_LOW, _POSE_HIGH).tolist()
     return place(
         OUTLINES[CLASSES[label]],
         extent=extent,
-        angle=np.radians(rng.uniform(-35, 35)),
-        aspect=np.exp(rng.uniform(-0.22, 0.22)),
-        shear=rng.uniform(-0.15, 0.15),
-        centre=(centre[0], centre[1]),
+        angle=angle,
+        aspect=math.exp(stretch),
+        shear=shear,
+        centre=(x, y),
     )
 
 
 def _place_clutter(rng, height: int, width: int, *, wire: bool) -> list[np.ndarray]:
     side = min(height, width)
-    centre = (rng.uniform(0, width), rng.uniform(0, height))
-    angle = rng.uniform(0, 2 * np.pi)
+    x, y, angle, size, shape = rng.random(5).tolist()
+    centre, angle = (x * width, y * height), 2 * math.pi * angle
     if wire:
-        outline = stroke(
-            rng, length=side * rng.uniform(0.3, 1.0), width=rng.uniform(2.0, 2 + 0.015 * side)
-        )
-        return place(outline, extent=None, angle=angle, centre=centre)
-    extent = side * rng.uniform(0.04, 0.25)
-    return place(blob(rng), extent=extent, angle=angle, aspect=rng.uniform(0.3, 0.7), centre=centre)
+        extent = side * (0.3 + 0.7 * size)
+        outline = stroke(rng, length=extent, width=2 + 0.015 * side * shape)
+        return place(outline, extent=extent, angle=angle, centre=centre)
+    extent = side * (0.04 + 0.21 * size)
+    return place(blob(rng), extent=extent, angle=angle, aspect=0.3 + 0.4 * shape, centre=centre)
 
 
 def _draw_item(label: int, contours: list[np.ndarray], height: int, width: int) -> Item | None:
     """Rasterise contours (xy in picture pixels) in their window; None if off the picture."""
-    low = np.floor(contours[0].min(axis=0)).astype(int) - 1
-    high = np.ceil(contours[0].max(axis=0)).astype(int) + 2
-    left, top = np.maximum(low, 0)
-    right, bottom = np.minimum(high, (width, height))
+    fixed = [(contour * (1 << _SHIFT)).astype(np.int32) for contour in contours]
+    x, y, w, h = (v >> _SHIFT for v in cv2.boundingRect(fixed[0]))
+    left, top = max(x - 1, 0), max(y - 1, 0)
+    right, bottom = min(x + w + 3, width), min(y + h + 3, height)
     if right <= left or bottom <= top:
         return None
     alpha = np.zeros((bottom - top, right - left), dtype=np.uint8)
-    fixed = [np.round((c - (left, top)) * (1 << _SHIFT)).astype(np.int32) for c in contours]
-    cv2.fillPoly(alpha, fixed, 255, lineType=cv2.LINE_AA, shift=_SHIFT)
-    return Item(label, int(left), int(top), alpha)
+    corner = (-left << _SHIFT, -top << _SHIFT)
+    cv2.fillPoly(alpha, fixed, 255, lineType=cv2.LINE_AA, shift=_SHIFT, offset=corner)
+    return Item(label, left, top, alpha)
 
 
 def _take_pixels(owner: np.ndarray, item: Item, *, number: int) -> bool:
@@ -203,13 +211,16 @@ _PALETTE = {
 }
 
 
-def _bgr(hue: float, saturation: float, value: float) -> np.ndarray:
-    """BGR colour, float (3,) in 0..255, of a hue in degrees and saturation and value in 0..1."""
-    return 255 * np.array(colorsys.hsv_to_rgb(hue / 360, saturation, value)[::-1])
+def _bgr(hue: float, saturation: float, value: float) -> Colour:
+    """Colour of a hue in degrees and saturation and value in 0..1."""
+    red, green, blue = colorsys.hsv_to_rgb(hue / 360, saturation, value)
+    return 255 * blue, 255 * green, 255 * red
 
 
-def _paint_background(rng, material: np.ndarray, kinds: list[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Return the empty picture (H, W, 3) uint8 and the mean colours (n, 3) of its materials."""
+def _paint_background(
+    rng, material: np.ndarray, kinds: list[int]
+) -> tuple[np.ndarray, list[Colour]]:
+    """Return the empty picture (H, W, 3) uint8 and the mean colours of its materials."""
     height, width = material.shape
     layers, colours = [], []
     for kind in kinds:
@@ -220,11 +231,10 @@ def _paint_background(rng, material: np.ndarray, kinds: list[int]) -> tuple[np.n
             name,
             height=height,
             width=width,
-            scale=rng.uniform(0.5, 1.5),
-            angle=rng.uniform(0, 2 * np.pi),
+            scale=tuple(rng.uniform(0.6, 1.4, 2)),
             rng=rng,
         )
-        layers.append(colour(grey, base * (1 - spread), base * (1 + spread)))
+        layers.append(colour(grey, base, spread=spread))
         colours.append(base)
     image = layers[0]
     if len(layers) > 1:
@@ -232,15 +242,15 @@ def _paint_background(rng, material: np.ndarray, kinds: list[int]) -> tuple[np.n
     blur = rng.uniform(-0.5, 1.2)  # the background is a little out of focus in most pictures
     if blur > 0.3:
         image = cv2.GaussianBlur(image, (5, 5), blur)
-    return image, np.array(colours)
+    return image, colours
 
 
-def _contrasting(rng, colours: np.ndarray, *, distance: float) -> np.ndarray:
+def _contrasting(rng, colours: list[Colour], *, distance: float) -> Colour:
     """Draw a colour at a Euclidean BGR distance from all of ``colours``, or the best of a few."""
     best, best_gap = colours[0], -1.0
-    for hue, saturation, value in rng.uniform((0, 0.05, 0.2), (360, 0.9, 1.0), (6, 3)).tolist():
-        candidate = _bgr(hue, saturation, value)
-        gap = np.sqrt(np.square(candidate - colours).sum(axis=1)).min()
+    for hue, saturation, value in rng.random((8, 3)).tolist():
+        candidate = _bgr(360 * hue, 0.05 + 0.85 * saturation, 0.2 + 0.8 * value)
+        gap = min(math.dist(candidate, other) for other in colours)
         if gap > best_gap:
             best, best_gap = candidate, gap
         if gap >= distance:
@@ -248,12 +258,17 @@ def _contrasting(rng, colours: np.ndarray, *, distance: float) -> np.ndarray:
     return best
 
 
-def _paint_item(rng, image: np.ndarray, item: Item, colours: np.ndarray) -> None:
-    """Cast the item's shadow, then paint it: textured, lit from one side, with soft edges."""
+def _paint_item(rng, image: np.ndarray, item: Item, colours: list[Colour]) -> Colour:
+    """Cast the item's shadow, then paint it: textured, lit from one side, with soft edges.
+
+    Returns:
+        the item's colour, chosen to differ from ``colours``.
+    """
     height, width = item.alpha.shape
     clutter = item.label == CLUTTER
     depth = max(2, min(height, width) // (16 if clutter else 8))
-    soft = cv2.blur(item.alpha, (2 * depth + 1, 2 * depth + 1), borderType=cv2.BORDER_CONSTANT)
+    kernel, corner = (2 * depth + 1, 2 * depth + 1), (2 * depth, 2 * depth)
+    soft = cv2.blur(item.alpha, kernel, borderType=cv2.BORDER_CONSTANT)
     _cast_shadow(image, item, soft, shift=depth, strength=rng.uniform(0.25, 0.55))
 
     base = _contrasting(rng, colours, distance=60 if clutter else 110)
@@ -262,13 +277,15 @@ def _paint_item(rng, image: np.ndarray, item: Item, colours: np.ndarray) -> None
     grey = window(texture(fill), height=height, width=width, rng=rng)
     # Relief: the blurred coverage rises towards the middle; its slope along the diagonal is what
     # the light sees.
-    slope = cv2.addWeighted(soft, 0.5, np.roll(soft, (depth, depth), axis=(0, 1)), -0.5, 128)
+    shifted = cv2.blur(item.alpha, kernel, anchor=corner, borderType=cv2.BORDER_CONSTANT)
+    slope = cv2.addWeighted(soft, 0.5, shifted, -0.5, 128)
     grey = cv2.addWeighted(grey, 0.8, slope, 0.8, -77)
-    paint = colour(grey, base * (1 - 2 * spread), base * (1 + 2 * spread))
+    paint = colour(grey, base, spread=2 * spread)
 
     here = image[item.window]
     weight = item.alpha.astype(np.float32) * (1 / 255)
     here[:] = cv2.blendLinear(paint, np.ascontiguousarray(here), weight, 1 - weight)
+    return base
 
 
 def _cast_shadow(

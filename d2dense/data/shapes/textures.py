@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from functools import cache, lru_cache
+import math
+from collections.abc import Sequence
+from functools import cache
 
 import cv2
 import numpy as np
@@ -10,7 +12,8 @@ import numpy as np
 __all__ = ["FILLS", "STUFF_CLASSES", "TEXTURES", "colour", "grain", "texture", "view", "window"]
 
 SIZE = 512
-_LEVELS = np.linspace(0, 1, 256)[:, None]
+_TURNS = ((1, 0), (2, 1), (1, 1), (1, 2), (0, 1), (-1, 2), (-1, 1), (-2, 1))
+_LEVELS = np.linspace(-1, 1, 256)[:, None]
 
 # Background materials, in the order of their class ids; pixels of clutter are a class of their own.
 MATERIALS = ("plaster", "wood", "stone", "grass")
@@ -84,12 +87,14 @@ def texture(name: str) -> np.ndarray:
 
 
 @cache
-def _tiled(name: str) -> np.ndarray:
-    """The texture three times in each direction."""
-    return np.tile(texture(name), (3, 3))
+def _turned(name: str, turn: int) -> np.ndarray:
+    """The texture (SIZE, SIZE) turned and made finer by an integer matrix, hence still seamless."""
+    a, b = _TURNS[turn]
+    y, x = np.indices((SIZE, SIZE))
+    return texture(name)[(a * y - b * x) % SIZE, (b * y + a * x) % SIZE]
 
 
-@lru_cache(maxsize=1)
+@cache
 def grain() -> np.ndarray:
     """Sensor noise (SIZE, SIZE, 3) uint8 around 128 with a standard deviation of 32 levels."""
     rng = np.random.default_rng(len(TEXTURES))
@@ -102,29 +107,32 @@ def window(source: np.ndarray, *, height: int, width: int, rng: np.random.Genera
     if height > SIZE or width > SIZE:
         tiles = (-(-height // SIZE) + 1, -(-width // SIZE) + 1) + (1,) * (source.ndim - 2)
         source = np.tile(source, tiles)
-    top = int(rng.integers(0, source.shape[0] - height + 1))
-    left = int(rng.integers(0, source.shape[1] - width + 1))
+    spare = np.array(source.shape[:2]) - (height, width)
+    top, left = rng.integers(0, spare + 1).tolist()
     return source[top : top + height, left : left + width]
 
 
 def view(
-    name: str, *, height: int, width: int, scale: float, angle: float, rng: np.random.Generator
+    name: str, *, height: int, width: int, scale: tuple[float, float], rng: np.random.Generator
 ) -> np.ndarray:
-    """A view (height, width) of a texture, enlarged by ``scale``, turned by ``angle`` radians."""
-    source = _tiled(name)
-    cos, sin = np.cos(angle) / scale, np.sin(angle) / scale
-    linear = np.array([[cos, -sin], [sin, cos]])
-    centre = SIZE + rng.uniform(0, SIZE, 2)
-    matrix = np.column_stack([linear, centre - linear @ (width / 2, height / 2)])
-    # Inside the middle of the tiles no pixel is outside, and OpenCV has a much faster path without
-    # wrapping.
-    inside = np.hypot(height, width) / 2 / scale < SIZE - 2
-    border = cv2.BORDER_CONSTANT if inside else cv2.BORDER_WRAP
-    flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
-    return cv2.warpAffine(source, matrix, (width, height), flags=flags, borderMode=border)
+    """A view (height, width) of a texture, turned at random, enlarged by ``scale`` in y and x."""
+    turn = int(rng.integers(len(_TURNS)))
+    coarser = math.hypot(*_TURNS[turn])
+    part = window(
+        _turned(name, turn),
+        height=math.ceil(height / (scale[0] * coarser)),
+        width=math.ceil(width / (scale[1] * coarser)),
+        rng=rng,
+    )
+    return cv2.resize(part, (width, height), interpolation=cv2.INTER_LINEAR)
 
 
-def colour(grey: np.ndarray, dark: np.ndarray, light: np.ndarray) -> np.ndarray:
-    """Map grey levels (H, W) linearly from BGR ``dark`` to ``light``: (H, W, 3) uint8."""
-    table = (dark + (light - dark) * _LEVELS).clip(0, 255).astype(np.uint8)
+def colour(grey: np.ndarray, base: Sequence[float], *, spread: float) -> np.ndarray:
+    """Colour grey levels (H, W) with shades of a BGR colour: 1 - spread to 1 + spread times it.
+
+    Returns:
+        (H, W, 3) uint8.
+    """
+    shades = (1 + spread * _LEVELS) * base
+    table = shades.clip(0, 255).astype(np.uint8)
     return cv2.LUT(cv2.cvtColor(grey, cv2.COLOR_GRAY2BGR), table[None])

@@ -264,14 +264,13 @@ def _write_picture(job: _Job, index: int) -> dict:
     classes[1 : len(scene.items) + 1] = [
         _CLUTTER_ID if item.label == CLUTTER else item.label for item in scene.items
     ]
-    semantic = cv2.LUT(scene.owner, classes)
-    background = cv2.compare(scene.owner, 0, cv2.CMP_EQ)
-    cv2.copyTo(cv2.add(scene.material, len(CLASSES)), background, semantic)
+    semantic = np.where(
+        scene.owner == 0, scene.material + np.uint8(len(CLASSES)), classes[scene.owner]
+    )
     objects = _object_annotations(scene)
     segments, stuff = _segments(scene, semantic)
 
-    image_file = folders["images"] / f"{name}.jpg"
-    _save(image_file, scene.image, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])
+    _save_jpeg(folders["images"] / f"{name}.jpg", scene.image)
     _save_png(folders["panoptic"] / f"{name}.png", segments)
     _save_png(folders["semantic"] / f"{name}.png", semantic)
     return {"index": index, "file": name, "objects": objects, "stuff": stuff}
@@ -283,7 +282,7 @@ def _object_annotations(scene: Scene) -> list[dict]:
     for number, item in enumerate(scene.items, start=1):
         if item.label == CLUTTER:
             continue
-        mask = cv2.compare(np.ascontiguousarray(scene.owner[item.window]), number, cv2.CMP_EQ)
+        mask = (scene.owner[item.window] == number).view(np.uint8)
         x, y, width, height = cv2.boundingRect(mask)
         mask = mask[y : y + height, x : x + width]
         corner = (item.left + x, item.top + y)
@@ -305,30 +304,28 @@ def _segments(scene: Scene, semantic: np.ndarray) -> tuple[np.ndarray, list[dict
     Segment ids are the owner's number for objects, 256 + category id for stuff: COCO's id = R + 256
     G + 65536 B.
     """
-    stuff_pixels = cv2.compare(semantic, len(CLASSES) - 1, cv2.CMP_GT)
-    red = scene.owner.copy()
-    cv2.copyTo(cv2.add(semantic, 1), stuff_pixels, red)
-    green = cv2.min(stuff_pixels, 1)
+    is_stuff = semantic >= len(CLASSES)
+    red = np.where(is_stuff, semantic + np.uint8(1), scene.owner)
+    areas = cv2.calcHist([semantic], [0], None, [256], [0, 256])[:, 0]
     stuff = []
-    for category_id in range(len(CLASSES) + 1, len(SEMANTIC_CLASSES) + 1):
-        mask = cv2.compare(semantic, category_id - 1, cv2.CMP_EQ)
-        area = cv2.countNonZero(mask)
-        if area:
-            box = list(cv2.boundingRect(mask))
-            stuff.append(
-                {"id": 256 + category_id, "category_id": category_id, "bbox": box, "area": area}
-            )
-    return cv2.merge([np.zeros_like(red), green, red]), stuff
+    for index in range(len(CLASSES), len(SEMANTIC_CLASSES)):
+        if areas[index]:
+            box = cv2.boundingRect((semantic == index).view(np.uint8))
+            found = {"category_id": index + 1, "bbox": list(box), "area": int(areas[index])}
+            stuff.append({"id": 256 + index + 1, **found})
+    return cv2.merge([np.zeros_like(red), is_stuff.view(np.uint8), red]), stuff
+
+
+def _save_jpeg(path: Path, image: np.ndarray) -> None:
+    """Write a BGR picture."""
+    _save(path, image, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])
 
 
 def _save_png(path: Path, array: np.ndarray) -> None:
-    options = [
-        cv2.IMWRITE_PNG_COMPRESSION,
-        1,
-        cv2.IMWRITE_PNG_STRATEGY,
-        cv2.IMWRITE_PNG_STRATEGY_DEFAULT,
-    ]
-    if hasattr(cv2, "IMWRITE_PNG_FILTER"):  # OpenCV >= 4.12; label maps gain nothing from filters
+    """Write a map (H, W) or (H, W, 3) BGR, quickly: label maps are small after any compression."""
+    options = [cv2.IMWRITE_PNG_COMPRESSION, 1]
+    options += [cv2.IMWRITE_PNG_STRATEGY, cv2.IMWRITE_PNG_STRATEGY_DEFAULT]
+    if hasattr(cv2, "IMWRITE_PNG_FILTER"):  # OpenCV >= 4.12 can be kept from trying filters
         options += [cv2.IMWRITE_PNG_FILTER, cv2.IMWRITE_PNG_FILTER_NONE]
     _save(path, array, options)
 
