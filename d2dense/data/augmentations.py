@@ -1,8 +1,8 @@
 """Augmentation recipes as functions that return lists of Detectron2 augmentations, for both kinds
 of config.
 
-Every recipe has ``is_train``; in evaluation it only resizes. Sizes are in pixels. Recipes are plain
-lists, so a config may add, drop or reorder steps.
+Every recipe has ``is_train``; in evaluation it only resizes, to the largest of several sizes. Sizes
+are in pixels. Recipes are plain lists, so a config may add, drop or reorder steps.
 """
 
 from __future__ import annotations
@@ -52,9 +52,9 @@ def default(
             types.
         crop_size: the crop's size (height, width) in the meaning of ``crop_type``.
     """
-    steps = [_resize(min_size, max_size, sample_style)]
     if not is_train:
-        return steps
+        return [_fixed_resize(min_size, max_size)]
+    steps = [_resize(min_size, max_size, sample_style)]
     if crop_type is not None:
         steps.insert(0, T.RandomCrop(crop_type, list(crop_size)))
     return steps + _flips(flip)
@@ -78,7 +78,7 @@ def detr(
         crop_range: least and most pixels of the crop's sides.
     """
     if not is_train:
-        return [_resize(min_size, max_size)]
+        return [_fixed_resize(min_size, max_size)]
     crop = T.AugmentationList(
         [_resize(crop_min_sizes, None), T.RandomCrop("absolute_range", tuple(crop_range))]
     )
@@ -104,7 +104,7 @@ def lsj(
         ignore_label: what the padding is in a semantic label map.
     """
     if not is_train:
-        return [_resize(image_size, image_size)]
+        return [_fixed_resize(image_size, image_size)]
     return [
         *_flips(flip),
         ScaleJitter(image_size=image_size, min_scale=min_scale, max_scale=max_scale),
@@ -135,9 +135,9 @@ def semantic(
         ignore_label: this label may exceed that share.
         image_format: channel order that the mapper reads, for the colours.
     """
-    steps = [_resize(min_size, max_size, sample_style)]
     if not is_train:
-        return steps
+        return [_fixed_resize(min_size, max_size)]
+    steps = [_resize(min_size, max_size, sample_style)]
     if crop_size is not None:
         steps.append(
             T.RandomCrop_CategoryAreaConstraint(
@@ -157,6 +157,11 @@ def _resize(
         sizes = sizes * 2
     limit = {} if max_size is None else {"max_size": max_size}
     return T.ResizeShortestEdge(sizes, sample_style=sample_style, **limit)
+
+
+def _fixed_resize(min_size: int | Sequence[int], max_size: int) -> T.Augmentation:
+    """Resize for evaluation: of several sizes the largest."""
+    return _resize(min_size if isinstance(min_size, int) else max(min_size), max_size)
 
 
 def _flips(flip: str) -> list[T.Augmentation]:

@@ -1,0 +1,169 @@
+"""Recipes and the augmentations of our own."""
+
+from __future__ import annotations
+
+import colorsys
+
+import numpy as np
+import pytest
+from detectron2.data import transforms as T
+
+from d2dense.data import augmentations
+from d2dense.data.augmentations import PhotometricDistortion, RandomCropPad, ScaleJitter
+from d2dense.errors import UserError
+
+
+def run(steps, height: int, width: int, seed: int = 0) -> T.AugInput:
+    np.random.seed(seed)
+    inputs = T.AugInput(np.zeros((height, width, 3), np.uint8))
+    T.AugmentationList(steps)(inputs)
+    return inputs
+
+
+def sizes(steps, height: int, width: int, count: int = 60) -> set[tuple[int, int]]:
+    return {run(steps, height, width, seed).image.shape[:2] for seed in range(count)}
+
+
+def test_default_resizes_the_shorter_side_within_the_limit():
+    steps = augmentations.default(is_train=True, min_size=(40, 60), max_size=100)
+    assert sizes(steps, 20, 30) == {(40, 60), (60, 90)}
+    assert sizes(steps, 20, 80) == {(25, 100)}
+    spread = augmentations.default(is_train=True, min_size=(40, 50), sample_style="range")
+    assert len(sizes(spread, 20, 30)) > 5
+    assert sizes(augmentations.default(is_train=False, min_size=0), 20, 30) == {(20, 30)}
+
+
+def test_detr_crops_half_of_the_time_and_ends_at_a_listed_size():
+    steps = augmentations.detr(
+        min_size=(50, 70), max_size=1000, crop_min_sizes=(100,), crop_range=(40, 80)
+    )
+    found = [run(steps, 200, 300, seed).image.shape[:2] for seed in range(200)]
+    assert {min(size) for size in found} == {50, 70}
+    uncropped = sum(size in ((50, 75), (70, 105)) for size in found)
+    assert 70 < uncropped < 130
+
+
+def test_evaluation_has_nothing_random():
+    for recipe in (augmentations.default, augmentations.detr, augmentations.lsj):
+        assert len(sizes(recipe(is_train=False), 100, 150, count=3)) == 1
+    semantic = augmentations.semantic(is_train=False, min_size=50)
+    assert sizes(semantic, 100, 150, count=3) == {(50, 75)}
+    assert sizes(augmentations.lsj(is_train=False, image_size=60), 100, 150, 2) == {(40, 60)}
+
+
+def test_flip_is_chosen_by_name():
+    with pytest.raises(UserError, match="flip = 'sideways'"):
+        augmentations.default(is_train=True, flip="sideways")
+    image = np.arange(6, dtype=np.uint8).reshape(2, 3)
+    for flip, expected in (("horizontal", image[:, ::-1]), ("vertical", image[::-1])):
+        steps = augmentations.default(is_train=True, min_size=0, flip=flip)
+        results = []
+        for seed in range(20):
+            np.random.seed(seed)
+            inputs = T.AugInput(image)
+            T.AugmentationList(steps)(inputs)
+            results.append(inputs.image)
+        assert any((r == expected).all() for r in results)
+        assert any((r == image).all() for r in results)
+    assert len(augmentations.default(is_train=True, flip="none")) == 1
+
+
+def test_scale_jitter_fits_the_scaled_square():
+    jitter = ScaleJitter(image_size=100, min_scale=0.5, max_scale=1.5)
+    ratios = []
+    for seed in range(200):
+        np.random.seed(seed)
+        step = jitter.get_transform(np.zeros((40, 80, 3), np.uint8))
+        assert step.new_w == pytest.approx(2 * step.new_h, abs=1)
+        ratios.append(step.new_w / 100)
+    assert min(ratios) == pytest.approx(0.5, abs=0.03)
+    assert max(ratios) == pytest.approx(1.5, abs=0.03)
+    assert np.mean(ratios) == pytest.approx(1.0, abs=0.06)
+
+
+def test_scale_jitter_never_makes_an_empty_image():
+    steps = augmentations.lsj(image_size=50, min_scale=0.1, max_scale=0.1)
+    assert run(steps, 2, 900).image.shape == (50, 50, 3)
+
+
+def test_random_crop_reaches_every_corner_and_pads_right_and_below():
+    crop = RandomCropPad(crop_size=10, pad_value=7, ignore_label=9)
+    origins = set()
+    for seed in range(300):
+        np.random.seed(seed)
+        first, _ = crop.get_transform(np.zeros((12, 13, 3), np.uint8)).transforms
+        origins.add((first.x0, first.y0))
+    assert origins == {(x, y) for x in range(4) for y in range(3)}
+    inputs = T.AugInput(np.ones((6, 20, 3), np.uint8), sem_seg=np.ones((6, 20), np.uint8))
+    crop(inputs)
+    assert inputs.image.shape == (10, 10, 3)
+    assert (inputs.image[:6] == 1).all()
+    assert (inputs.image[6:] == 7).all()
+    assert (inputs.sem_seg[6:] == 9).all()
+
+
+def test_semantic_crop_avoids_one_class():
+    labels = np.zeros((40, 80), np.uint8)
+    labels[:, 60:] = 1
+    steps = augmentations.semantic(
+        min_size=0, crop_size=(20, 20), single_category_max_area=0.75, color_distortion=False
+    )
+    mixed = 0
+    for seed in range(60):
+        np.random.seed(seed)
+        inputs = T.AugInput(np.zeros((40, 80, 3), np.uint8), sem_seg=labels)
+        T.AugmentationList(steps)(inputs)
+        mixed += len(np.unique(inputs.sem_seg)) == 2
+    assert mixed > 40  # about a fifth without the constraint
+
+
+def distort(image: np.ndarray, image_format: str = "RGB", **options) -> np.ndarray:
+    """The distortion with every part used, at the values given as degenerate ranges."""
+    parts = {"brightness": 0.0, "contrast": (1, 1), "saturation": (1, 1), "hue": 0.0} | options
+    augmentation = PhotometricDistortion(image_format=image_format, **parts)
+    for seed in range(1000):
+        np.random.seed(seed)
+        if (np.random.uniform(size=4) < 0.5).all():
+            np.random.seed(seed)
+            return augmentation.get_transform(image).apply_image(image)
+    raise AssertionError("no seed uses all parts")
+
+
+def test_contrast_is_a_clipped_factor():
+    image = np.array([[[10, 100, 200]]], np.uint8)
+    assert distort(image, contrast=(1.5, 1.5)).tolist() == [[[15, 150, 255]]]
+
+
+def test_hue_and_saturation_match_the_textbook():
+    image = np.array([[[200, 80, 40]]], np.uint8)
+    hue, saturation, value = colorsys.rgb_to_hsv(*(image[0, 0] / 255))
+    grey = distort(image, saturation=(0.5, 0.5))
+    expected = np.array(colorsys.hsv_to_rgb(hue, saturation / 2, value)) * 255
+    assert grey[0, 0] == pytest.approx(expected, abs=3)
+    bgr = distort(image[..., ::-1].copy(), "BGR", saturation=(0.5, 0.5))
+    assert (bgr[..., ::-1] == grey).all()
+
+
+def test_distortion_is_repeatable_random_and_leaves_geometry():
+    image = np.random.default_rng(0).integers(0, 255, (8, 8, 3), dtype=np.uint8)
+    augmentation = PhotometricDistortion()
+    results = []
+    for seed in range(30):
+        np.random.seed(seed)
+        transform = augmentation.get_transform(image)
+        first = transform.apply_image(image)
+        assert first.dtype == np.uint8
+        assert (transform.apply_image(image) == first).all()
+        results.append(first.tobytes())
+    assert len(set(results)) > 20
+    points = np.array([[1.0, 2.0]])
+    assert (transform.apply_coords(points) == points).all()
+    assert transform.apply_segmentation(image) is image
+    with pytest.raises(UserError, match=r"INPUT.FORMAT"):
+        PhotometricDistortion(image_format="L")
+
+
+def test_recipes_print_and_their_order_is_a_plain_list():
+    steps = augmentations.lsj(image_size=64)
+    assert isinstance(steps, list)
+    assert "ScaleJitter" in str(T.AugmentationList(steps))
