@@ -1,0 +1,109 @@
+"""TorchScript of an adapter, by tracing and by scripting."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from unittest import mock
+
+import torch
+import torchvision.ops.boxes
+from detectron2.export import scripting_with_instances
+from detectron2.export.torchscript_patch import patch_builtin_len
+from detectron2.modeling.roi_heads import CascadeROIHeads
+from torch import Tensor, nn
+
+from d2dense.errors import UserError
+
+from .adapters import Adapter, adapt
+from .devices import device_constants, unbind_devices
+
+__all__ = ["METHODS", "to_torchscript"]
+
+logger = logging.getLogger(__name__)
+
+
+def to_torchscript(
+    model: nn.Module, image: Tensor, *, method: str = "trace"
+) -> torch.jit.ScriptModule:
+    """Return ``model`` as TorchScript that needs torch and torchvision alone.
+
+    The model itself stays as it is: a copy in evaluation mode is converted, on the model's device.
+
+    Args:
+        image: ``(C, H, W)`` in [0, 255], what is traced; scripting runs nothing and ignores it.
+        method: ``trace`` records one run (every supported model); ``script`` compiles the code
+            (FSCascadeROIHeads with everything on or off, Faster and Mask R-CNN, RetinaNet).
+
+    Raises:
+        UserError: an unknown method, a model without adapter, or one that the method cannot do.
+    """
+    if method not in METHODS:
+        raise UserError(f"method {method!r}, expected one of {', '.join(METHODS)}")
+    adapter = adapt(copy.deepcopy(model)).eval()
+    for parameter in adapter.parameters():
+        parameter.requires_grad_(False)
+    with torch.no_grad(), _quiet():
+        module = METHODS[method](adapter, image)
+    left = device_constants(module)
+    if left:
+        raise RuntimeError(f"the exported graph is bound to {', '.join(sorted(set(left)))}")
+    return module
+
+
+def _trace(adapter: Adapter, image: Tensor) -> torch.jit.ScriptModule:
+    # a script inside a trace decides by the number of boxes in each run, as eager code does
+    nms = torch.jit.script(torchvision.ops.boxes.batched_nms)
+    with patch_builtin_len(), mock.patch.object(torchvision.ops.boxes, "batched_nms", nms):
+        module = torch.jit.trace(adapter, (image,), check_trace=False)
+    replaced = unbind_devices(module)
+    logger.debug("replaced %d constant devices", replaced)
+    return module
+
+
+def _script(adapter: Adapter, image: Tensor) -> torch.jit.ScriptModule:
+    del image
+    try:
+        return scripting_with_instances(adapter, adapter.instance_fields)
+    except (RuntimeError, TypeError, AttributeError) as error:
+        logger.debug("scripting failed", exc_info=True)
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise UserError(
+            f"{_parts(adapter.model)} cannot be scripted ({(lines or [type(error).__name__])[0]}); "
+            f"use --method trace{_hint(adapter.model)}"
+        ) from error
+
+
+def _parts(model: nn.Module) -> str:
+    heads = getattr(model, "roi_heads", None)
+    return type(model).__name__ + ("" if heads is None else f" with {type(heads).__name__}")
+
+
+def _hint(model: nn.Module) -> str:
+    if type(getattr(model, "roi_heads", None)) is not CascadeROIHeads:
+        return ""
+    return (
+        ", or FSCascadeROIHeads with CFS and LFS off and TEST_SCORES ensemble_own_rois, which is "
+        "the same model with the same parameter names"
+    )
+
+
+METHODS: dict[str, Callable[[Adapter, Tensor], torch.jit.ScriptModule]] = {
+    "trace": _trace,
+    "script": _script,
+}
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Hide the tracer's warnings; the check of the result is what tells whether they matter."""
+    noisy = logging.getLogger("torch.fx._symbolic_trace")
+    with ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")
+        stack.callback(noisy.setLevel, noisy.level)
+        noisy.setLevel(logging.ERROR)
+        yield

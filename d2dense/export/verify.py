@@ -1,0 +1,135 @@
+"""Does the saved file compute what the model does? Asked in a fresh process, at other sizes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .adapters import Adapter
+
+__all__ = ["CheckError", "ImageCheck", "check_images", "verify"]
+
+_SCRIPT = Path(__file__).with_name("fresh_run.py")
+# Height and width of the check images relative to the traced one: two other shapes, one of them
+# upright where the traced one is not.
+_SCALES = ((0.73, 1.19), (1.31, 0.67))
+
+
+class CheckError(Exception):
+    """The exported model does not compute what the model does."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageCheck:
+    """Comparison on one image.
+
+    Attributes:
+        height, width: of the image.
+        found: number of detections (for semantic segmentation: of pixels).
+        error: largest difference of any output value, relative to the value where that is above 1.
+    """
+
+    height: int
+    width: int
+    found: int
+    error: float
+
+    def line(self, noun: str) -> str:
+        return f"{self.width} x {self.height}: {self.found} {noun}, max error {self.error:.1e}"
+
+
+def check_images(image: Tensor) -> list[Tensor]:
+    """Return images ``(C, h, w)`` uint8 to compare on: ``image`` at two other sizes, and an empty
+    one.
+
+    The empty one has a third size and usually no detections, which must work too.
+    """
+    _, height, width = image.shape
+    images = []
+    for scale_h, scale_w in _SCALES:
+        size = [max(32, round(height * scale_h)), max(32, round(width * scale_w))]
+        scaled = F.interpolate(image[None].float(), size, mode="bilinear", align_corners=False)
+        images.append(scaled[0].round().clamp(0, 255).to(torch.uint8))
+    images.append(torch.full_like(images[0][:, :-3, :-5], 128))
+    return images
+
+
+def verify(
+    path: str | Path, adapter: Adapter, images: Sequence[Tensor], *, tolerance: float = 1e-4
+) -> list[ImageCheck]:
+    """Run the file in a fresh process without our packages and compare it with eager code.
+
+    Args:
+        path: TorchScript file.
+        adapter: the model that was exported, on the CPU, in evaluation mode.
+        images: ``(C, h, w)`` each.
+        tolerance: largest allowed error, see :class:`ImageCheck`.
+
+    Raises:
+        CheckError: another number of detections, a larger difference, or the file cannot be run.
+    """
+    if adapter.training:
+        raise ValueError("the model must be in evaluation mode")
+    results = _run_fresh(Path(path), images)
+    checks = []
+    for image, found in zip(images, results):
+        with torch.no_grad():
+            expected = adapter(image)
+        checks.append(_compare(adapter, image, expected, found))
+    worst = max(checks, key=lambda check: check.error)
+    if not worst.error <= tolerance:
+        raise CheckError(
+            f"largest error {worst.error:.1e} > {tolerance:.0e} on an image of {worst.width} x "
+            f"{worst.height}"
+        )
+    return checks
+
+
+def _run_fresh(path: Path, images: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
+    with tempfile.TemporaryDirectory(prefix="d2dense_export_") as folder:
+        inputs, outputs = Path(folder, "images.pt"), Path(folder, "results.pt")
+        torch.save(list(images), inputs)
+        # -I: neither the working folder nor PYTHONPATH; as many threads as here, for equal sums
+        command = [sys.executable, "-I", _SCRIPT, path.resolve(), inputs, outputs]
+        done = subprocess.run(
+            [*map(str, command), str(torch.get_num_threads())],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+        )
+        if done.returncode != 0:
+            lines = [line for line in done.stderr.splitlines() if line.strip()]
+            reason = lines[-1].strip() if lines else f"exit code {done.returncode}"
+            raise CheckError(f"the file does not run in a fresh process: {reason}")
+        return torch.load(outputs, weights_only=True)
+
+
+def _compare(
+    adapter: Adapter, image: Tensor, expected: Sequence[Tensor], found: Sequence[Tensor]
+) -> ImageCheck:
+    height, width = image.shape[1:]
+    where = f"on an image of {width} x {height}"
+    if len(found) != len(adapter.outputs):
+        raise CheckError(f"{len(found)} outputs instead of {len(adapter.outputs)} {where}")
+    error = 0.0
+    for output, a, b in zip(adapter.outputs, expected, found):
+        if a.shape != b.shape or a.dtype != b.dtype:
+            raise CheckError(
+                f"{output.name} is {b.dtype} {tuple(b.shape)}, but {a.dtype} {tuple(a.shape)} in "
+                f"eager mode, {where}"
+            )
+        if a.numel():
+            difference = (a.double() - b.double()).abs() / a.double().abs().clamp(min=1)
+            # NaN counts as a difference unless both have it
+            difference[a.isnan() & b.isnan()] = 0
+            error = max(error, float(difference.nan_to_num(nan=float("inf")).max()))
+    found_here = expected[0].shape[0] if adapter.task == "detection" else height * width
+    return ImageCheck(height=height, width=width, found=found_here, error=error)
