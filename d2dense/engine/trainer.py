@@ -62,10 +62,17 @@ def evaluate_model(experiment: Experiment, model: nn.Module) -> dict[str, dict]:
         model.train(was_training)
     if not comm.is_main_process():
         return {}
-    for name, value in flatten_results(results).items():
-        if "-" not in name.rpartition("/")[2] and "@" not in name:
-            logger.info("%s = %.4f", name, value)
+    for name, tasks in results.items():
+        flat = flatten_results({name: tasks})
+        # the evaluators write tables with every class and threshold; this is the summary
+        short = [f"{key} {value:.4f}" for key, value in flat.items() if not _is_detail(key)]
+        logger.info("results of %s: %s", name, "  ".join(short))
     return results
+
+
+def _is_detail(metric: str) -> bool:
+    leaf = metric.rpartition("/")[2]
+    return "-" in leaf or "@" in leaf
 
 
 class Trainer(TrainerBase):

@@ -1,0 +1,170 @@
+"""The command line of training and evaluation, both kinds of config, one and two processes."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from d2dense import checkpoint, config
+from d2dense.engine.experiment import experiment
+from d2dense.engine.train_net import main
+from d2dense.errors import UserError, run_tool
+
+KINDS = ("yaml", "lazy")
+
+
+@pytest.fixture(autouse=True)
+def _quiet_logging():
+    """The command line sets up the root logger; leave it as it was."""
+    root = logging.getLogger()
+    level = root.level
+    yield
+    for handler in [each for each in root.handlers if hasattr(each, "_d2dense_handler")]:
+        root.removeHandler(handler)
+        handler.close()
+    root.setLevel(level)
+
+
+def rows(folder):
+    return [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
+
+
+def weights(folder, name="model_final.pth"):
+    return checkpoint.read(folder / name)["model"]
+
+
+def test_both_kinds_train_the_same(tmp_path, configs):
+    exps = {kind: experiment(config.load(path)) for kind, path in configs.items()}
+    settings = {kind: vars(exp.settings) | {"output_dir": ""} for kind, exp in exps.items()}
+    assert settings["yaml"] == settings["lazy"]
+    groups = {}
+    for kind, exp in exps.items():
+        optimizer = exp.build_optimizer(exp.build_model())
+        groups[kind] = [
+            {k: len(v) if k == "params" else v for k, v in group.items()}
+            for group in optimizer.param_groups
+        ]
+    assert len(groups["yaml"]) == 2
+    for one, two in zip(groups["yaml"], groups["lazy"]):
+        assert {**one, "betas": tuple(one["betas"])} == {**two, "betas": tuple(two["betas"])}
+
+    for path in configs.values():
+        assert main(["--config-file", path]) == 0
+    out = {kind: tmp_path / f"out_{kind}" for kind in KINDS}
+    for kind in KINDS:
+        names = {file.name for file in out[kind].iterdir()}
+        assert {"config.yaml", "log.txt", "metrics.json", "model_0000001.pth"} <= names
+        assert {"model_final.pth", "model_best.pth", "last_checkpoint"} <= names
+        assert (out[kind] / "config.yaml").read_text() == config.dump(exps[kind].cfg)
+    reloaded = experiment(config.load(out["yaml"] / "config.yaml"))
+    assert vars(reloaded.settings) == vars(exps["yaml"].settings)
+    for key in ("model", "train_model"):
+        found = [checkpoint.read(out[kind] / "model_final.pth")[key] for kind in KINDS]
+        for name, value in found[0].items():
+            assert torch.equal(found[1][name], value), name
+    timed = ("time", "data_time", "eta_seconds", "images_per_second", "max_mem_mb")
+    logged = [
+        [{k: v for k, v in row.items() if k not in timed} for row in rows(out[kind])]
+        for kind in KINDS
+    ]
+    assert logged[0] == logged[1]
+    assert {"bbox/AP", "bbox/AP50", "loss_box", "loss_cls", "total_loss"} <= set(logged[0][-1])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_overrides_resume_and_eval_only(tmp_path, configs, kind, capsys):
+    out = tmp_path / "run"
+    spell = {
+        "yaml": ["OUTPUT_DIR", str(out), "SOLVER.MAX_ITER"],
+        "lazy": ["train.output_dir", str(out), "train.max_iter"],
+    }[kind]
+    command = ["--config-file", configs[kind]]
+    assert main([*command, *spell, "2"]) == 0
+    assert checkpoint.read(out / "model_final.pth")["iteration"] == 1
+    assert main([*command, *spell, "3", "--resume"]) == 0
+    assert checkpoint.read(out / "model_final.pth")["iteration"] == 2
+    trained = rows(out)[-1]["bbox/AP"]
+    assert trained > 1
+
+    path = str(out / "model_final.pth")
+    key = {"yaml": "MODEL.WEIGHTS", "lazy": "train.init_checkpoint"}[kind]
+    for extra in ([key, path], ["--resume"]):
+        capsys.readouterr()
+        assert main([*command, *spell, "3", "--eval-only", *extra]) == 0
+        assert f"results of custom_val: bbox/AP {trained:.4f}" in capsys.readouterr().out
+
+
+def test_two_runs_with_one_seed_are_equal_and_two_seeds_are_not(tmp_path, configs):
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        folder = str(tmp_path / name)
+        main(["--config-file", configs["yaml"], "OUTPUT_DIR", folder, "SEED", str(seed)])
+    runs = [weights(tmp_path / name) for name in "abc"]
+    assert all(torch.equal(runs[0][name], runs[1][name]) for name in runs[0])
+    assert not all(torch.equal(runs[0][name], runs[2][name]) for name in runs[0])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_mistakes_are_one_line_and_exit_code_2(tmp_path, configs, kind, capsys):
+    other = tmp_path / "other.pth"
+    good = experiment(config.load(configs[kind])).build_model().state_dict()
+    torch.save({**good, "score.weight": torch.zeros(7, 8), "score.bias": torch.zeros(7)}, other)
+    key = {"yaml": "MODEL.WEIGHTS", "lazy": "train.init_checkpoint"}[kind]
+    count = {"yaml": "MODEL.ROI_HEADS.NUM_CLASSES", "lazy": "model.num_classes"}[kind]
+    data = {"yaml": "DATASETS.CUSTOM.VAL.JSON", "lazy": "datasets.val.json"}[kind]
+    cases = [
+        (["--eval-only"], "needs weights"),
+        (["--eval-only", key, str(tmp_path / "none.pth")], "none.pth does not exist"),
+        (["--eval-only", key, str(other)], "score.weight has shape (7, 8)"),
+        (["--eval-only", count, "9", key, str(other)], count),
+        (["--eval-only", data, str(tmp_path / "none.json"), key, str(other)], "none.json"),
+        (["--num-gpus", "64", "--device", "cuda"], "--num-gpus 64"),
+        (["--no-such-flag"], "--no-such-flag"),
+        (["nonsense.key=3"], "nonsense.key"),
+    ]
+    for arguments, words in cases:
+        command = ["--config-file", configs[kind], *arguments]
+        capsys.readouterr()
+        assert run_tool(lambda command=command: main(command)) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: "), error
+        assert error.count("\n") == 1, error
+        assert words in error, error
+
+
+def test_output_folder_that_cannot_be_written(tmp_path, configs):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="OUTPUT_DIR"):
+        main(["--config-file", configs["yaml"], "OUTPUT_DIR", str(tmp_path / "file" / "run")])
+
+
+def test_two_processes_from_the_shell(tmp_path, configs, repo_root):
+    """The script itself, in a fresh process: two CPU workers, then a mistake inside of them."""
+    script = [sys.executable, str(repo_root / "tools" / "train_net.py")]
+    command = [*script, "--config-file", configs["lazy"], "--num-gpus", "2", "--device", "cpu"]
+    environment = {**os.environ, "PYTHONPATH": str(repo_root), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "iter 4/4" in done.stdout
+    assert "2 process(es)" in done.stdout
+    out = tmp_path / "out_lazy"
+    assert checkpoint.read(out / "model_final.pth")["iteration"] == 3
+    assert (out / "log.txt.rank1").is_file()
+    # two processes see the same images in the same order: only the rounding of sums differs
+    main(["--config-file", configs["lazy"], f"train.output_dir={tmp_path / 'one'}"])
+    expected = rows(tmp_path / "one")[-1]
+    for name in ("total_loss", "lr", "bbox/AP"):
+        assert rows(out)[-1][name] == pytest.approx(expected[name], rel=0.05), name
+
+    command += ["--eval-only", f"train.init_checkpoint={tmp_path / 'none.pth'}"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert "none.pth does not exist" in errors[0]
