@@ -4,11 +4,12 @@ ratios.
 
 from __future__ import annotations
 
+import ctypes
 import datetime
+import gc
 import json
 import os
 import platform
-import resource
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -70,7 +71,7 @@ def macs_of(call: Callable[[], Any]) -> int:
 def peak_memory(call: Callable[[], Any]) -> int:
     """Return the bytes that ``call`` needs on top of what is in use before it.
 
-    On CUDA from the allocator; on the CPU from a forked child's largest resident size.
+    On CUDA from the allocator; on the CPU (Linux) from a forked child's largest resident size.
     """
     if torch.cuda.is_available():
         torch.cuda.synchronize()
@@ -84,10 +85,10 @@ def peak_memory(call: Callable[[], Any]) -> int:
     if child == 0:
         # the thread pool does not survive a fork, so the child computes on one thread
         torch.set_num_threads(1)
-        before = _resident()
+        _release_freed_memory()
+        before = _status("VmRSS")
         call()
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        os.write(write, str(peak - before).encode())
+        os.write(write, str(_status("VmHWM") - before).encode())
         os._exit(0)
     os.close(write)
     with os.fdopen(read) as pipe:
@@ -98,9 +99,19 @@ def peak_memory(call: Callable[[], Any]) -> int:
     return int(text)
 
 
-def _resident() -> int:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE")
+def _release_freed_memory() -> None:
+    """Give freed heap pages back, or the call would fill those first and seem to need nothing."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # restarts VmHWM at the present size
+
+
+def _status(field: str) -> int:
+    """Return a size from the process's status, in bytes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"no {field} in /proc/self/status")
 
 
 def machine() -> dict[str, Any]:

@@ -112,8 +112,8 @@ def measure(mode: str, args: argparse.Namespace) -> list[dict]:
 
 def main(argv=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--size", nargs=2, type=int, default=[480, 640], metavar=("H", "W"))
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--size", nargs=2, type=int, default=[320, 480], metavar=("H", "W"))
+    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, default=Path("benchmarks"))
     args = parser.parse_args(argv)
