@@ -11,6 +11,8 @@ __all__ = ["setup_logging"]
 _FORMAT = "[%(asctime)s %(levelname).1s %(name)s] %(message)s"
 _DATE = "%m-%d %H:%M:%S"
 _MARK = "_d2dense_handler"
+# Loggers that say at every loader how they store its records.
+_TALKATIVE = ("detectron2.data.common",)
 
 
 def setup_logging(output_dir: str | Path | None = None, *, rank: int = 0) -> None:
@@ -33,3 +35,5 @@ def setup_logging(output_dir: str | Path | None = None, *, rank: int = 0) -> Non
         setattr(handler, _MARK, True)
         root.addHandler(handler)
     root.setLevel(logging.INFO)
+    for name in _TALKATIVE:
+        logging.getLogger(name).setLevel(logging.WARNING)

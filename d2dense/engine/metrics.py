@@ -102,7 +102,7 @@ class ConsoleWriter(EventWriter):
         storage = get_event_storage()
         shown = storage.latest_with_smoothing_hint(self.window)
         latest = {name: value for name, (value, _) in shown.items()}
-        eta = datetime.timedelta(seconds=int(latest["eta_seconds"]))
+        eta = datetime.timedelta(seconds=round(latest["eta_seconds"]))
         losses = [f"{name} {latest[name]:.4g}" for name in sorted(latest) if "loss" in name]
         # the sum first: with several terms it is what one looks at
         losses.sort(key=lambda text: not text.startswith("total_loss"))

@@ -140,10 +140,13 @@ class Trainer(TrainerBase):
         )
         self.model.train()
         self.iter = self.start_iter = self.completed
+        # before the clock starts: this may generate or index a data set
+        finished = self.completed >= self.max_iter
+        loader = None if finished else self.experiment.build_train_loader()
         with TensorStorage(self.start_iter) as self.storage:
             self.before_train()
-            if self.completed < self.max_iter and not self.stop_reason:
-                self._loop(_endless(self.experiment.build_train_loader()))
+            if not (finished or self.stop_reason):
+                self._loop(_endless(loader))
             self.after_train()
         if self.stop_reason:
             logger.info("stopped after %d iterations: %s", self.completed, self.stop_reason)
