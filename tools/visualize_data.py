@@ -17,7 +17,6 @@ from detectron2.data import MetadataCatalog
 
 from d2dense import config
 from d2dense.data import datasets, mappers, visualize
-from d2dense.engine.experiment import experiment
 from d2dense.errors import UserError, run_tool
 
 
@@ -37,6 +36,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def from_config(args: argparse.Namespace) -> tuple[Iterator[dict[str, Any]], str, str]:
     """Return mapped samples of a config's training loader, a dataset name and the image format."""
+    from d2dense.engine.experiment import experiment  # slow to import, and only needed here
+
     run = experiment(config.load(args.config_file, args.overrides), device="cpu")
     loader = run.build_train_loader()
     samples = itertools.chain.from_iterable(loader)

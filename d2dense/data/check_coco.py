@@ -89,7 +89,7 @@ def _check_categories(report: Report, categories: list[Any]) -> dict[int, str]:
     elif sorted(names) != list(range(1, len(names) + 1)):
         report.add(
             "note",
-            "category ids are not 1 to n without gaps (they are mapped to 0 to n-1 by rank)",
+            "category ids have gaps or do not start at 1 (handled)",
             f"{len(names)} categories with ids from {min(names)} to {max(names)}",
         )
     return dict(sorted(names.items()))

@@ -166,6 +166,7 @@ class DetectionMapper:
             instances = instances[keep]
         if self.recompute_boxes and len(instances):
             instances.gt_boxes = instances.gt_masks.get_bounding_boxes()
+            instances.gt_boxes.clip(size)  # cut polygons end on the border up to rounding
         return instances
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from detectron2.data import detection_utils
 from detectron2.data.catalog import Metadata
+from detectron2.utils.colormap import colormap
 from detectron2.utils.visualizer import ColorMode, Visualizer
 from PIL import Image
 
@@ -30,20 +31,37 @@ def draw_sample(
     """
     image = sample["image"].permute(1, 2, 0).numpy()
     rgb = detection_utils.convert_image_to_rgb(image, image_format)
-    canvas = Visualizer(rgb, metadata=metadata, scale=scale, instance_mode=ColorMode.IMAGE)
+    # the drawing code would pick colours at random where the metadata has none
+    names = metadata.get("stuff_classes") or []
+    palette = Metadata().set(stuff_classes=names, stuff_colors=_colors(metadata, "stuff"))
+    canvas = Visualizer(rgb, metadata=palette, scale=scale, instance_mode=ColorMode.IMAGE)
     if "sem_seg" in sample:
         canvas.draw_sem_seg(sample["sem_seg"], area_threshold=0, alpha=0.5)
     if "instances" in sample:
         instances = sample["instances"]
-        names = metadata.get("thing_classes")
-        labels = [
-            names[c] if names and c < len(names) else str(c) for c in instances.gt_classes.tolist()
-        ]
+        classes = instances.gt_classes.tolist()
+        names, colors = metadata.get("thing_classes") or [], _colors(metadata, "thing")
+        labels = [names[c] if c < len(names) else str(c) for c in classes]
         masks = instances.gt_masks if instances.has("gt_masks") else None
         if masks is not None:
             masks = getattr(masks, "polygons", getattr(masks, "tensor", None))
-        canvas.overlay_instances(labels=labels, boxes=instances.gt_boxes, masks=masks)
+        canvas.overlay_instances(
+            labels=labels,
+            boxes=instances.gt_boxes,
+            masks=masks,
+            assigned_colors=[np.array(colors[c % len(colors)]) / 255 for c in classes],
+        )
     return canvas.output.get_image()
+
+
+def _colors(metadata: Metadata, kind: str) -> list[list[int]]:
+    """Return RGB colours by class number, one or more."""
+    colors = metadata.get(f"{kind}_colors")
+    if colors:
+        return [list(color) for color in colors]
+    palette = colormap(rgb=True, maximum=255).astype(int).tolist()
+    count = max(len(metadata.get(f"{kind}_classes") or ()), 1)
+    return [palette[index % len(palette)] for index in range(count)]
 
 
 def write_sample(
