@@ -139,9 +139,14 @@ def semantic(
         return [_fixed_resize(min_size, max_size)]
     steps = [_resize(min_size, max_size, sample_style)]
     if crop_size is not None:
+        if min(crop_size) < 1:
+            raise UserError(
+                f"INPUT.CROP.SIZE / crop_size = {list(crop_size)}: the semantic recipe needs pixels"
+            )
+        size = tuple(int(side) for side in crop_size)
         steps.append(
             T.RandomCrop_CategoryAreaConstraint(
-                "absolute", tuple(crop_size), single_category_max_area, ignore_label
+                "absolute", size, single_category_max_area, ignore_label
             )
         )
     if color_distortion:

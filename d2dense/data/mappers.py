@@ -253,8 +253,11 @@ def from_cfg(cfg: CfgNode, is_train: bool) -> DetectionMapper | SemanticMapper:
     """Build the mapper that ``INPUT.MAPPER`` names.
 
     Raises:
-        UserError: an unknown recipe.
+        UserError: an unknown recipe, or keypoints and precomputed proposals, which it does not read.
     """
+    for key in ("KEYPOINT_ON", "LOAD_PROPOSALS"):
+        if cfg.MODEL[key]:
+            raise UserError(f"MODEL.{key} is set, but the mappers read boxes, masks and label maps")
     name, ignore_label = cfg.INPUT.MAPPER, cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE
     if name not in _RECIPES:
         raise UserError(
@@ -279,9 +282,15 @@ def from_cfg(cfg: CfgNode, is_train: bool) -> DetectionMapper | SemanticMapper:
         image_format=cfg.INPUT.FORMAT,
         use_instance_mask=cfg.MODEL.MASK_ON,
         instance_mask_format=cfg.INPUT.MASK_FORMAT,
-        recompute_boxes=is_train and cfg.INPUT.RECOMPUTE_BOXES,
+        recompute_boxes=is_train and _recompute_boxes(cfg),
         ignore_label=ignore_label,
     )
+
+
+def _recompute_boxes(cfg: CfgNode) -> bool:
+    # Detectron2 recomputes them from masks wherever its own crop is on
+    crops = cfg.INPUT.MAPPER == "default" and cfg.INPUT.CROP.ENABLED
+    return cfg.INPUT.RECOMPUTE_BOXES or (crops and cfg.MODEL.MASK_ON)
 
 
 def _resize_keys(cfg: CfgNode) -> dict[str, Any]:
@@ -324,7 +333,7 @@ def _semantic_steps(cfg: CfgNode) -> list[T.Augmentation]:
     return recipes.semantic(
         **_resize_keys(cfg),
         sample_style=cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING,
-        crop_size=[int(side) for side in cfg.INPUT.CROP.SIZE] if cfg.INPUT.CROP.ENABLED else None,
+        crop_size=cfg.INPUT.CROP.SIZE if cfg.INPUT.CROP.ENABLED else None,
         single_category_max_area=cfg.INPUT.CROP.SINGLE_CATEGORY_MAX_AREA,
         ignore_label=cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE,
         color_distortion=cfg.INPUT.COLOR_DISTORTION,

@@ -9,6 +9,8 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from detectron2.config import LazyCall as L
+from detectron2.config import instantiate
 from detectron2.utils import comm
 
 from d2dense.config import get_cfg
@@ -295,3 +297,72 @@ def test_real_images_with_every_recipe(shared_data):
             assert instances.gt_boxes.nonempty().all()
             objects += len(instances)
         assert objects > 30
+
+
+@pytest.mark.parametrize("recipe", ["default", "detr", "lsj"])
+def test_both_kinds_of_config_feed_the_same_samples(name, recipe):
+    from d2dense.config import common
+
+    options = {
+        "default": {"min_size": [40, 56], "max_size": 100},
+        "detr": {"min_size": [40, 56], "crop_min_sizes": [50], "crop_range": [20, 40]},
+        "lsj": {"image_size": 64, "min_scale": 0.5},
+    }[recipe]
+    node = common.detection_loader(
+        train=name,
+        test=name,
+        train_augmentations=L(getattr(augmentations, recipe))(is_train=True, **options),
+        masks=True,
+        batch_size=2,
+        workers=0,
+    )
+    node.train.seed = 4
+    cfg = get_cfg()
+    cfg.DATASETS.TRAIN, cfg.SEED, cfg.SOLVER.IMS_PER_BATCH = (name,), 4, 2
+    cfg.DATALOADER.NUM_WORKERS, cfg.MODEL.MASK_ON, cfg.INPUT.MAPPER = 0, True, recipe
+    cfg.INPUT.MIN_SIZE_TRAIN = (40, 56)
+    cfg.INPUT.MAX_SIZE_TRAIN = 100 if recipe == "default" else 1333
+    cfg.INPUT.DETR.CROP_MIN_SIZES, cfg.INPUT.DETR.CROP_RANGE = (50,), (20, 40)
+    cfg.INPUT.LSJ.IMAGE_SIZE, cfg.INPUT.LSJ.MIN_SCALE = 64, 0.5
+    lazy, yaml = take(instantiate(node.train), 5), take(loaders.train_from_cfg(cfg), 5)
+    for a, b in zip(itertools.chain(*lazy), itertools.chain(*yaml)):
+        assert torch.equal(a["image"], b["image"])
+        assert torch.equal(a["instances"].gt_boxes.tensor, b["instances"].gt_boxes.tensor)
+        assert a["instances"].has("gt_masks")
+        assert b["instances"].has("gt_masks")
+
+
+def test_both_kinds_of_config_feed_the_same_label_maps(tiny_semantic):
+    from d2dense.config import common
+
+    entries = {
+        "images": tiny_semantic.images,
+        "labels": tiny_semantic.labels,
+        "classes": tiny_semantic.classes,
+        "label_suffix": "_label.png",
+        "ignore_label": 9,
+    }
+    name = register_custom({"train": entries})["train"]
+    options = {"min_size": [40, 60], "crop_size": [24, 32], "single_category_max_area": 0.8}
+    node = common.semantic_loader(
+        train=name,
+        test=name,
+        train_augmentations=L(augmentations.semantic)(is_train=True, **options),
+        test_augmentations=L(augmentations.semantic)(is_train=False, min_size=20),
+        batch_size=2,
+        workers=0,
+    )
+    node.train.seed = 4
+    cfg = get_cfg()
+    cfg.DATASETS.TRAIN, cfg.SEED, cfg.SOLVER.IMS_PER_BATCH = (name,), 4, 2
+    cfg.DATALOADER.NUM_WORKERS, cfg.INPUT.MAPPER = 0, "semantic"
+    cfg.DATALOADER.ASPECT_RATIO_GROUPING = False
+    cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MAX_SIZE_TRAIN = (40, 60), 2048
+    cfg.INPUT.CROP.ENABLED, cfg.INPUT.CROP.SIZE = True, [24, 32]
+    cfg.INPUT.CROP.SINGLE_CATEGORY_MAX_AREA = 0.8
+    lazy, yaml = take(instantiate(node.train), 5), take(loaders.train_from_cfg(cfg), 5)
+    for a, b in zip(itertools.chain(*lazy), itertools.chain(*yaml)):
+        assert torch.equal(a["image"], b["image"])
+        assert torch.equal(a["sem_seg"], b["sem_seg"])
+    (first, *_), *_ = instantiate(node.test)
+    assert first["image"].shape == (3, 20, 30)

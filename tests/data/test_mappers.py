@@ -398,6 +398,28 @@ def test_an_unknown_recipe_is_an_error():
         mappers.from_cfg(cfg, is_train=True)
 
 
+def test_yaml_keys_that_cannot_work_are_errors():
+    cfg = get_cfg()
+    cfg.INPUT.MAPPER, cfg.INPUT.CROP.ENABLED = "semantic", True
+    with pytest.raises(UserError, match=r"crop_size = \[0.9, 0.9\].* needs pixels"):
+        mappers.from_cfg(cfg, is_train=True)
+    cfg.MODEL.KEYPOINT_ON = True
+    with pytest.raises(UserError, match=r"MODEL\.KEYPOINT_ON"):
+        mappers.from_cfg(cfg, is_train=True)
+
+
+def test_yaml_crops_recompute_boxes_from_masks():
+    cfg = get_cfg()
+    found = {}
+    for key in ("off", "crop", "masks", "asked"):
+        cfg.INPUT.CROP.ENABLED |= key == "crop"
+        cfg.MODEL.MASK_ON |= key == "masks"
+        if key == "asked":
+            cfg.INPUT.CROP.ENABLED, cfg.INPUT.RECOMPUTE_BOXES = False, True
+        found[key] = mappers.from_cfg(cfg, is_train=True).recompute_boxes
+    assert found == {"off": False, "crop": False, "masks": True, "asked": True}
+
+
 def test_wrong_arguments_are_errors():
     with pytest.raises(UserError, match="MASK_FORMAT"):
         mapper(instance_mask_format="polygons")
