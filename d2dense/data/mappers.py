@@ -253,7 +253,7 @@ def from_cfg(cfg: CfgNode, is_train: bool) -> DetectionMapper | SemanticMapper:
     """Build the mapper that ``INPUT.MAPPER`` names.
 
     Raises:
-        UserError: an unknown recipe, or keypoints and precomputed proposals, which it does not read.
+        UserError: an unknown recipe, or keypoints or proposals from files, which it does not read.
     """
     for key in ("KEYPOINT_ON", "LOAD_PROPOSALS"):
         if cfg.MODEL[key]:
