@@ -81,10 +81,7 @@ class Report:
             for finding in self.findings.values():
                 if finding.level == level:
                     parts.append(_lines(finding))
-        errors = sum(finding.level == "error" for finding in self.findings.values())
-        parts.append(
-            "training can start" if self.ok else f"training would fail: {errors} kinds of error"
-        )
+        parts.append("training can start" if self.ok else "training would fail: correct the errors")
         return "\n".join(parts)
 
     def _table(self) -> str:
