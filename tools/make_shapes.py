@@ -7,6 +7,7 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 from d2dense.data import shapes
 from d2dense.errors import UserError, run_tool
@@ -33,7 +34,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--objects", type=int, nargs=2, default=[1, 8], metavar=("MIN", "MAX"), help="per picture"
     )
     parser.add_argument("--workers", type=int, default=1, help="processes; no change of the result")
-    parser.add_argument("--overwrite", action="store_true", help="replace splits that exist")
+    existing = parser.add_mutually_exclusive_group()
+    existing.add_argument("--overwrite", action="store_true", help="replace splits that exist")
+    existing.add_argument("--if-missing", action="store_true", help="keep splits that exist")
     return parser.parse_args(argv)
 
 
@@ -46,6 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not counts:
         raise UserError("nothing to make: both --train and --val are 0")
     for split, count in counts.items():
+        if args.if_missing and Path(args.output, "annotations", f"settings_{split}.json").exists():
+            print(f"{args.output}: split {split} is there")
+            continue
         start = time.perf_counter()
         shapes.generate(
             output_dir=args.output,
@@ -55,7 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             seed=args.seed,
             objects=(args.objects[0], args.objects[1]),
             workers=args.workers,
-            overwrite=args.overwrite,
+            # an interrupted split, without its settings file, is made again
+            overwrite=args.overwrite or args.if_missing,
         )
         rate = count / (time.perf_counter() - start)
         print(f"{args.output}: {count} pictures in split {split}, {rate:.0f} images/s")

@@ -326,5 +326,10 @@ def test_tool(tmp_path: Path, repo_root: Path, capsys: pytest.CaptureFixture):
     assert (settings["count"], settings["size"]) == (2, [48, 64])
     with pytest.raises(UserError):
         tool.main(arguments)
+    assert tool.main([*arguments, "--if-missing"]) == 0
+    assert "split train is there" in capsys.readouterr().out
+    (tmp_path / "s" / "annotations" / "settings_val.json").unlink()  # as if interrupted
+    assert tool.main([*arguments, "--if-missing"]) == 0
+    assert "2 pictures in split val" in capsys.readouterr().out
     with pytest.raises(UserError, match="nothing"):
         tool.main([*arguments, "--train", "0", "--val", "0"])
