@@ -107,8 +107,9 @@ def window(source: np.ndarray, *, height: int, width: int, rng: np.random.Genera
     if height > SIZE or width > SIZE:
         tiles = (-(-height // SIZE) + 1, -(-width // SIZE) + 1) + (1,) * (source.ndim - 2)
         source = np.tile(source, tiles)
-    spare = np.array(source.shape[:2]) - (height, width)
-    top, left = rng.integers(0, spare + 1).tolist()
+    down, right = rng.random(2).tolist()
+    top = int(down * (source.shape[0] - height + 1))
+    left = int(right * (source.shape[1] - width + 1))
     return source[top : top + height, left : left + width]
 
 
