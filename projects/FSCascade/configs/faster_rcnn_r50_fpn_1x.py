@@ -1,6 +1,6 @@
 """Faster R-CNN FPN: a cascade of one stage, class-specific boxes (the baseline of the figures)."""
 
-from .cascade_rcnn_r50_fpn_1x import model
+from .cascade_rcnn_r50_fpn_1x import dataloader, lr_multiplier, model, optimizer, train
 
 for _per_stage in ("box_heads", "box_predictors", "iou_thresholds", "stage_loss_weights"):
     model.roi_heads[_per_stage] = model.roi_heads[_per_stage][:1]

@@ -1,6 +1,6 @@
 """FSCascade on ResNet-101."""
 
-from .fscascade_r50_fpn_1x import model, train
+from .fscascade_r50_fpn_1x import dataloader, lr_multiplier, model, optimizer, train
 
 model.backbone.bottom_up.stages.depth = 101
 train.init_checkpoint = "detectron2://ImageNetPretrained/MSRA/R-101.pkl"

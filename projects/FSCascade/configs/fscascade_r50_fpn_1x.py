@@ -1,1 +1,4 @@
-"""FSCascade: classification and localisation features shared between stages (both rows on)."""
+"""FSCascade: classification and localisation features shared between stages."""
+
+from .common.coco import dataloader, lr_multiplier, optimizer, train
+from .common.fscascade_r50_fpn import model

@@ -1,6 +1,6 @@
 """FSCascade, 40 epochs (Table 2)."""
 
 from .common.coco import schedule
-from .fscascade_r50_fpn_1x import train
+from .fscascade_r50_fpn_1x import dataloader, model, optimizer, train
 
 train.max_iter, lr_multiplier = schedule(40)
