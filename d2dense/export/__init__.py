@@ -10,7 +10,7 @@
     masks ``(N, 28, 28)``: probabilities on a grid over each box, to be stretched over it. A
     semantic segmentor gives scores ``(K, H, W)``. Padding, normalisation and non-maximum
     suppression are inside; no device is written into the file, it runs where it is loaded
-    (``map_location``).
+    (``map_location``). It evaluates as it is; a scripted file refuses ``eval()`` and ``train()``.
 
 ``model.json``
     ``task``; ``input`` with ``channels`` (``BGR``) and ``resize`` (``shortest_edge``: the shorter

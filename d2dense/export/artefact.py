@@ -63,7 +63,11 @@ class ExportedDetector(nn.Module):
         super().__init__()
         self.module = module
         self.metadata = metadata
-        self.eval()
+        self.training = False
+
+    def train(self, mode: bool = True) -> ExportedDetector:
+        """Do nothing: an exported model evaluates, and a scripted one refuses to be switched."""
+        return self
 
     @torch.no_grad()
     def run(self, image: Tensor) -> dict[str, Tensor]:

@@ -1,0 +1,126 @@
+"""An exported file behind the interface of a Detectron2 model."""
+
+import json
+
+import pytest
+import torch
+
+from d2dense.errors import UserError
+from d2dense.export import CheckError, export_model, load
+from d2dense.export import pipeline as pipeline_module
+from tests.export.exportable import NUM_CLASSES, picture, tiny_model
+
+CLASSES = [f"class {k}" for k in range(NUM_CLASSES)]
+
+
+def exported(model, folder, **kwargs):
+    return export_model(
+        model,
+        picture(96, 128),
+        output_dir=folder,
+        classes=CLASSES,
+        resize={"rule": "shortest_edge", "min_size": 96, "max_size": 160},
+        **kwargs,
+    )
+
+
+@pytest.mark.parametrize("method", ["trace", "script"])
+def test_detections_in_original_pixels(tmp_path, method):
+    model = tiny_model(mask=True)
+    result = exported(model, tmp_path, method=method)
+    batch = [
+        {"image": picture(96, 140, seed=4), "height": 201, "width": 290},
+        {"image": picture(130, 96, seed=5)},
+    ]
+    found = load(result.path)(batch)
+    for item, one in zip(batch, found):
+        expected = model([item])[0]["instances"]
+        instances = one["instances"]
+        assert len(expected) > 0
+        assert instances.image_size == expected.image_size
+        assert torch.allclose(instances.pred_boxes.tensor, expected.pred_boxes.tensor, atol=1e-4)
+        assert torch.allclose(instances.scores, expected.scores, atol=1e-5)
+        assert torch.equal(instances.pred_classes, expected.pred_classes)
+        assert torch.equal(instances.pred_masks, expected.pred_masks)
+
+
+def test_semantic_scores_in_original_pixels(tmp_path):
+    model = tiny_model(arch="SemanticSegmentor")
+    result = exported(model, tmp_path)
+    assert result.task == "semantic"
+    batch = [{"image": picture(96, 140, seed=4), "height": 201, "width": 290}]
+    expected, found = model(batch)[0]["sem_seg"], load(result.path)(batch)[0]["sem_seg"]
+    assert found.shape == (NUM_CLASSES, 201, 290)
+    assert torch.allclose(found, expected, atol=1e-5)
+
+
+def test_description(tmp_path):
+    result = exported(tiny_model(mask=True), tmp_path / "new" / "folder")
+    about = json.loads(result.metadata_path.read_text())
+    assert about["file"] == result.path.name == "model.ts"
+    assert about["classes"] == CLASSES
+    assert [output["name"] for output in about["outputs"]] == [
+        "boxes",
+        "scores",
+        "classes",
+        "masks",
+    ]
+    assert about["input"]["channels"] == "BGR"
+    assert about["input"]["resize"]["min_size"] == 96
+    assert about["check"]["max_error"] <= about["check"]["tolerance"] == 1e-4
+    assert len(about["check"]["images"]) == 3
+    outputs = load(result.path).run(picture(96, 128))
+    for output in about["outputs"]:
+        value = outputs[output["name"]]
+        assert str(value.dtype) == f"torch.{output['dtype']}"
+        assert value.dim() == len(output["shape"])
+
+
+def test_a_wrong_file_is_removed(tmp_path, monkeypatch):
+    def wrong(model, image, *, method):
+        other = tiny_model(seed=1)
+        return original(other, image, method=method)
+
+    original = pipeline_module.to_torchscript
+    monkeypatch.setattr(pipeline_module, "to_torchscript", wrong)
+    model = tiny_model().train()
+    with pytest.raises(CheckError):
+        exported(model, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    assert model.training
+
+
+def test_no_detections_anywhere_is_said(tmp_path, caplog):
+    model = tiny_model()
+    for predictor in model.roi_heads.box_predictor:
+        predictor.test_score_thresh = 1.1
+    exported(model, tmp_path)
+    assert "no check image had detections" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda ts, about: about.unlink(), "model.json does not exist"),
+        (lambda ts, about: ts.unlink(), "model.ts does not exist"),
+        (lambda ts, about: about.write_text("[]"), "does not describe an exported model"),
+        (lambda ts, about: about.write_text("{"), "does not describe an exported model"),
+        (lambda ts, about: ts.write_bytes(b"x" * 100), "is not a TorchScript file"),
+    ],
+)
+def test_damaged_files(tmp_path, damage, message):
+    result = pipeline_module.Exported(
+        path=tmp_path / "model.ts", metadata_path=tmp_path / "model.json", task="", checks=[]
+    )
+    torch.jit.save(torch.jit.script(torch.nn.ReLU()), str(result.path))
+    result.metadata_path.write_text(json.dumps({"task": "detection", "outputs": [{"name": "x"}]}))
+    load(result.path)
+    damage(result.path, result.metadata_path)
+    with pytest.raises(UserError, match=message):
+        load(result.path)
+
+
+def test_output_that_is_a_file(tmp_path):
+    (tmp_path / "taken").write_text("")
+    with pytest.raises(UserError, match="change --output"):
+        exported(tiny_model(), tmp_path / "taken")

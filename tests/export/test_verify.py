@@ -1,0 +1,101 @@
+"""The check in a fresh process finds what is wrong with a file."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from d2dense.export import CheckError, adapt, check_images, to_torchscript, verify
+from d2dense.export import verify as verify_function
+from d2dense.export.adapters import BOXES, SCORES, Adapter
+from tests.export.exportable import picture, tiny_model
+
+FRESH_RUN = Path(sys.modules[verify_function.__module__].__file__).with_name("fresh_run.py")
+
+
+class _Toy(Adapter):
+    outputs = (BOXES, SCORES)
+
+    def forward(self, image):
+        mean = image.float().mean(dim=(0, 2))[:, None] * self.model.weight
+        return mean, mean[:, 0]
+
+
+@pytest.fixture
+def toy():
+    return _Toy(torch.nn.Linear(4, 1, bias=False)).eval()
+
+
+def saved(module, path):
+    torch.jit.save(torch.jit.script(module), str(path))
+    return path
+
+
+def test_other_sizes_and_one_empty_image():
+    images = check_images(picture(120, 160))
+    sizes = {tuple(image.shape) for image in images}
+    assert len(sizes) == len(images) == 3
+    assert (3, 120, 160) not in sizes
+    assert all(image.dtype == torch.uint8 for image in images)
+    assert images[2].unique().numel() == 1
+
+
+def test_real_model_passes(tmp_path):
+    model = tiny_model(mask=True)
+    path = tmp_path / "model.ts"
+    torch.jit.save(to_torchscript(model, picture(96, 128)), str(path))
+    checks = verify(path, adapt(model).eval(), check_images(picture(96, 128)))
+    assert len(checks) == 3
+    assert max(check.error for check in checks) <= 1e-4
+    assert checks[0].found > 0
+
+
+def test_relative_error_is_reported(tmp_path, toy):
+    path = saved(toy, tmp_path / "toy.ts")
+    images = check_images(picture(64, 64))
+    toy.model.weight.data *= 1 + 1e-3
+    with pytest.raises(CheckError, match=r"largest error 1\.0e-03 > 1e-04"):
+        verify(path, toy, images)
+    checks = verify(path, toy, images, tolerance=2e-3)
+    assert max(check.error for check in checks) == pytest.approx(1e-3, rel=0.01)
+
+
+def test_another_number_of_results(tmp_path, toy):
+    class Fewer(_Toy):
+        def forward(self, image):
+            mean = image.float().mean(dim=(0, 2))[1:, None] * self.model.weight
+            return mean, mean[:, 0]
+
+    fewer = Fewer(toy.model)
+    path = saved(fewer, tmp_path / "toy.ts")
+    with pytest.raises(CheckError, match=r"boxes is .*\(46, 4\), but .*\(47, 4\) in eager mode"):
+        verify(path, toy, check_images(picture(64, 64)))
+
+
+def test_nan_is_a_difference(tmp_path, toy):
+    path = saved(toy, tmp_path / "toy.ts")
+    toy.model.weight.data[0, 0] = float("nan")
+    with pytest.raises(CheckError, match="largest error inf"):
+        verify(path, toy, check_images(picture(64, 64)))
+
+
+def test_a_file_that_does_not_run(tmp_path, toy):
+    path = tmp_path / "toy.ts"
+    path.write_bytes(b"not a model")
+    with pytest.raises(CheckError, match="does not run in a fresh process"):
+        verify(path, toy, check_images(picture(64, 64)))
+
+
+def test_the_fresh_process_has_no_detectron2():
+    code = (
+        f"import sys; sys.path.insert(0, {str(FRESH_RUN.parent)!r}); import fresh_run\n"
+        "sys.meta_path.insert(0, fresh_run._Block())\n"
+        "for name in ('detectron2', 'd2dense', 'fscascade'):\n"
+        "    try:\n        __import__(name)\n"
+        "    except ImportError as error:\n        assert 'blocked' in str(error), error\n"
+        "    else:\n        raise SystemExit(name + ' could be imported')\n"
+    )
+    done = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
