@@ -1,0 +1,58 @@
+"""The evaluator of a data set, by the ``evaluator_type`` in its metadata."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+
+from detectron2.data import MetadataCatalog
+from detectron2.evaluation import DatasetEvaluator
+
+from d2dense.errors import UserError, nearest
+
+__all__ = ["EVALUATORS", "build_evaluator"]
+
+# evaluator_type -> (module, class); imported when asked for, since each needs its own packages.
+EVALUATORS = {
+    "coco": ("coco", "COCOEvaluator"),
+    "coco_panoptic_seg": ("coco", "COCOEvaluator"),
+    "lvis": ("lvis", "LVISEvaluator"),
+    "cityscapes_instance": ("cityscapes", "CityscapesInstanceEvaluator"),
+    "cityscapes_sem_seg": ("cityscapes", "CityscapesSemSegEvaluator"),
+    "sem_seg": ("sem_seg", "SemSegEvaluator"),
+}
+
+
+def build_evaluator(
+    dataset_name: str,
+    *,
+    output_dir: str | None = None,
+    tasks: Sequence[str] | None = None,
+    max_dets: int | None = None,
+) -> DatasetEvaluator:
+    """Return the evaluator that the metadata of ``dataset_name`` asks for.
+
+    Args:
+        output_dir: where predictions are written; None writes nothing.
+        tasks: for objects, some of "bbox" and "segm"; by default what model and data have.
+        max_dets: for objects, detections per image that count; by default the measure's own number.
+
+    Raises:
+        UserError: no or an unknown ``evaluator_type``, or options that the evaluator does not have.
+    """
+    kind = MetadataCatalog.get(dataset_name).get("evaluator_type")
+    if kind not in EVALUATORS:
+        raise UserError(
+            f"data set {dataset_name!r} has evaluator_type {kind!r}, expected one of "
+            f"{', '.join(EVALUATORS)}{nearest(str(kind), EVALUATORS)}"
+        )
+    module, name = EVALUATORS[kind]
+    evaluator = getattr(importlib.import_module(f"{__package__}.{module}"), name)
+    options = {"output_dir": output_dir}
+    if module in ("coco", "lvis"):
+        options["tasks"] = tasks
+        if max_dets is not None and module == "coco":
+            options["max_dets"] = max_dets
+    elif tasks is not None:
+        raise UserError(f"tasks are for objects; data set {dataset_name!r} is evaluated as {kind}")
+    return evaluator(dataset_name, **options)

@@ -1,0 +1,206 @@
+"""Ground truth of a detection data set, read afresh for every evaluation.
+
+The annotations come from the data set's ``json_file`` or, without one, from its dicts; nothing is
+written to disk or kept between evaluations, so changed annotations are always seen.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Hashable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pycocotools.mask as mask_util
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.catalog import Metadata
+from detectron2.structures import BoxMode
+
+from d2dense.errors import UserError
+from d2dense.evaluation.base import image_key
+
+__all__ = ["GroundTruth", "class_ids", "load_ground_truth", "read_json"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class GroundTruth:
+    """Annotations of one data set under ids of our own.
+
+    Ids in files are any integers (with gaps, from 0, even repeated) or texts. Here images count from 1
+    in the order of their ids, classes are the contiguous class + 1, and annotations count from 1.
+    """
+
+    source: str  # file or data set, for messages
+    image_ids: dict[Hashable, int]  # id in the data set -> our id
+    images: list[dict[str, Any]]
+    annotations: list[dict[str, Any]] | None  # None: a test set without published annotations
+    class_names: list[str]
+    class_ids: list[int]  # contiguous class -> category id in the data set
+
+    @property
+    def has_masks(self) -> bool:
+        return any(a.get("segmentation") for a in self.annotations or ())
+
+    def coco(self, task: str) -> dict[str, Any]:
+        """Return a fresh COCO-layout dict for ``task`` ("bbox" or "segm")."""
+        annotations = [dict(a) for a in self.annotations or ()]
+        for annotation in annotations:
+            if task == "bbox":
+                annotation.pop("segmentation", None)
+            elif not annotation.get("segmentation"):
+                # An object without a mask among objects with masks: nobody can say which mask is right
+                # there, so detections inside its box are neither rewarded nor punished.
+                x, y, w, h = annotation["bbox"]
+                annotation["segmentation"] = [[x, y, x + w, y, x + w, y + h, x, y + h]]
+                annotation["iscrowd"] = 1
+        categories = [{"id": i + 1, "name": name} for i, name in enumerate(self.class_names)]
+        return {"images": self.images, "annotations": annotations, "categories": categories}
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """Return the content of an annotation file in COCO's layout, checked for its main lists."""
+    path = Path(path)
+    try:
+        raw = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(
+            f"annotation file {path} does not exist; check the data set's json"
+        ) from None
+    except ValueError as error:
+        raise UserError(f"annotation file {path} is not valid JSON: {error}") from None
+    for key in ("images", "categories"):
+        if not isinstance(raw, dict) or not isinstance(raw.get(key), list):
+            raise UserError(f"annotation file {path} has no list {key!r}; it must be COCO's layout")
+    return raw
+
+
+def class_ids(metadata: Metadata, categories: Iterable[Mapping[str, Any]]) -> dict[int, int]:
+    """Return {category id in the data set: contiguous class}.
+
+    The metadata's ``thing_dataset_id_to_contiguous_id`` decides; without it classes are numbered in the
+    order of their ids, which is what detectron2's loader does.
+    """
+    mapping = metadata.get("thing_dataset_id_to_contiguous_id")
+    if mapping:
+        return dict(mapping)
+    return {id_: i for i, id_ in enumerate(sorted(category["id"] for category in categories))}
+
+
+def load_ground_truth(dataset_name: str) -> GroundTruth:
+    """Read the annotations of a registered data set."""
+    metadata = MetadataCatalog.get(dataset_name)
+    json_file = metadata.get("json_file")
+    if json_file:
+        return _from_json(json_file, metadata)
+    return _from_dicts(dataset_name, metadata)
+
+
+def _number_images(images: list[dict[str, Any]]) -> dict[Hashable, int]:
+    # COCO's code goes through images in the order of their ids, and equal scores are ranked in the
+    # order in which they are met; keeping that order keeps its results to the last digit.
+    return {id_: i + 1 for i, id_ in enumerate(sorted({image["id"] for image in images}))}
+
+
+def _first_ids(mapping: Mapping[int, int]) -> list[int]:
+    """Invert ``mapping``; of several categories merged into one class, the lowest id speaks for it."""
+    lowest: dict[int, int] = {}
+    for id_, contiguous in sorted(mapping.items()):
+        lowest.setdefault(contiguous, id_)
+    if sorted(lowest) != list(range(len(lowest))):
+        raise UserError(
+            f"thing_dataset_id_to_contiguous_id maps to {sorted(lowest)}, not to 0 to {len(lowest) - 1};"
+            " give the classes contiguous numbers"
+        )
+    return [lowest[contiguous] for contiguous in range(len(lowest))]
+
+
+def _from_json(path: str | Path, metadata: Metadata) -> GroundTruth:
+    raw = read_json(path)
+    mapping = class_ids(metadata, raw["categories"])
+    ids = _first_ids(mapping)
+    names = {category["id"]: category["name"] for category in raw["categories"]}
+    image_ids = _number_images(raw["images"])
+    annotations = None
+    if "annotations" in raw:
+        annotations = []
+        for found in raw["annotations"]:
+            # Annotations of images or classes that are not evaluated do not count.
+            if found["image_id"] not in image_ids or found["category_id"] not in mapping:
+                continue
+            kept = {key: found[key] for key in ("bbox", "area", "segmentation") if key in found}
+            if len(kept.get("bbox") or ()) != 4:
+                raise UserError(f"annotation {found.get('id')} of {path} has no bbox [x, y, w, h]")
+            kept.setdefault("area", kept["bbox"][2] * kept["bbox"][3])
+            kept["id"] = len(annotations) + 1
+            kept["image_id"] = image_ids[found["image_id"]]
+            kept["category_id"] = mapping[found["category_id"]] + 1
+            kept["iscrowd"] = int(found.get("iscrowd", 0))
+            annotations.append(kept)
+    return GroundTruth(
+        source=str(path),
+        image_ids=image_ids,
+        images=[{**image, "id": image_ids[image["id"]]} for image in raw["images"]],
+        annotations=annotations,
+        class_names=list(
+            metadata.get("thing_classes") or [str(names.get(id_, id_)) for id_ in ids]
+        ),
+        class_ids=ids,
+    )
+
+
+def _from_dicts(dataset_name: str, metadata: Metadata) -> GroundTruth:
+    dicts = DatasetCatalog.get(dataset_name)
+    names = metadata.get("thing_classes")
+    if not names:
+        raise UserError(f"data set {dataset_name!r} has no thing_classes in its metadata; set them")
+    images = [
+        {"id": image_key(d), "height": d.get("height"), "width": d.get("width")} for d in dicts
+    ]
+    image_ids = _number_images(images)
+    annotations = []
+    for record, image in zip(dicts, images):
+        for found in record.get("annotations", ()):
+            box = BoxMode.convert(list(found["bbox"]), found["bbox_mode"], BoxMode.XYWH_ABS)
+            kept: dict[str, Any] = {
+                "id": len(annotations) + 1,
+                "image_id": image_ids[image["id"]],
+                "category_id": int(found["category_id"]) + 1,
+                "bbox": [float(value) for value in box],
+                "area": float(box[2] * box[3]),
+                "iscrowd": int(found.get("iscrowd", 0)),
+            }
+            if found.get("segmentation") is not None and len(found["segmentation"]):
+                code = _run_length_code(found["segmentation"], image)
+                kept["segmentation"] = code
+                kept["area"] = float(mask_util.area(code))
+            annotations.append(kept)
+    mapping = metadata.get("thing_dataset_id_to_contiguous_id")
+    return GroundTruth(
+        source=dataset_name,
+        image_ids=image_ids,
+        images=[{**image, "id": image_ids[image["id"]]} for image in images],
+        annotations=annotations,
+        class_names=list(names),
+        class_ids=_first_ids(mapping) if mapping else list(range(len(names))),
+    )
+
+
+def _run_length_code(segmentation: Any, image: Mapping[str, Any]) -> dict[str, Any]:
+    """Compress polygons, a run-length code of any kind, or a bitmask (H, W)."""
+    if isinstance(segmentation, np.ndarray) and segmentation.ndim == 2:
+        return mask_util.encode(np.asfortranarray(segmentation, dtype=np.uint8))
+    if isinstance(segmentation, Mapping):
+        if isinstance(segmentation["counts"], list):
+            return mask_util.frPyObjects(segmentation, *segmentation["size"])
+        return dict(segmentation)
+    if not image["height"] or not image["width"]:
+        raise UserError(
+            f"image {image['id']!r} has polygons but no height and width; add them to its dict"
+        )
+    polygons = [np.asarray(polygon, dtype=float).reshape(-1).tolist() for polygon in segmentation]
+    return mask_util.merge(mask_util.frPyObjects(polygons, image["height"], image["width"]))
