@@ -84,6 +84,10 @@ def _load_python(path: Path) -> DictConfig:
         cfg = LazyConfig.load(str(path))
     except (SyntaxError, ImportError) as error:
         raise UserError(f"config {path} cannot be loaded: {error}") from error
+    except KeyError as error:
+        raise UserError(
+            f"config {path} cannot be loaded: it imports {error} from a file that does not define it"
+        ) from error
     if "model" not in cfg:
         raise UserError(
             f"config {path} defines no 'model'; a lazy config needs model, dataloader, optimizer, "

@@ -176,6 +176,13 @@ def test_classes_as_values_survive_saving(tmp_path):
     assert isinstance(config.build_model(config.load(tmp_path / "saved.yaml")).act, torch.nn.SiLU)
 
 
+def test_import_of_a_missing_name_is_one_line(tmp_path):
+    (tmp_path / "base.py").write_text("optimizer = {}\n")
+    (tmp_path / "child.py").write_text("from .base import model\n")
+    with pytest.raises(UserError, match="model"):
+        config.load(tmp_path / "child.py")
+
+
 def test_lambda_in_a_lazy_config_is_refused_on_saving(tmp_path):
     path = tmp_path / "with_lambda.py"
     path.write_text(
