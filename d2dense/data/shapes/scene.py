@@ -238,7 +238,7 @@ def _paint_background(
         colours.append(base)
     image = layers[0]
     if len(layers) > 1:
-        cv2.copyTo(layers[1], cv2.compare(material, kinds[1], cv2.CMP_EQ), image)
+        cv2.copyTo(layers[1], (material == kinds[1]).view(np.uint8), image)
     blur = rng.uniform(-0.5, 1.2)  # the background is a little out of focus in most pictures
     if blur > 0.3:
         image = cv2.GaussianBlur(image, (5, 5), blur)

@@ -306,13 +306,14 @@ def _segments(scene: Scene, semantic: np.ndarray) -> tuple[np.ndarray, list[dict
     """
     is_stuff = semantic >= len(CLASSES)
     red = np.where(is_stuff, semantic + np.uint8(1), scene.owner)
-    areas = cv2.calcHist([semantic], [0], None, [256], [0, 256])[:, 0]
     stuff = []
     for index in range(len(CLASSES), len(SEMANTIC_CLASSES)):
-        if areas[index]:
-            box = cv2.boundingRect((semantic == index).view(np.uint8))
-            found = {"category_id": index + 1, "bbox": list(box), "area": int(areas[index])}
-            stuff.append({"id": 256 + index + 1, **found})
+        mask = (semantic == index).view(np.uint8)
+        area = cv2.countNonZero(mask)
+        if area:
+            category_id = index + 1
+            found = {"category_id": category_id, "bbox": list(cv2.boundingRect(mask)), "area": area}
+            stuff.append({"id": 256 + category_id, **found})
     return cv2.merge([np.zeros_like(red), is_stuff.view(np.uint8), red]), stuff
 
 
