@@ -2,6 +2,7 @@
 ``FSCascadeROIHeads``.
 """
 
+from . import backbone  # noqa: F401  registers the small backbone
 from .config import add_fscascade_config
 from .predictor import StagePredictor, box_transform
 from .roi_heads import FSCascadeROIHeads

@@ -53,6 +53,7 @@ def test_scripted_heads_equal_eager(mode, variant):
             torch.testing.assert_close(x.pred_masks, y.pred_masks)
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize("mode", ["last", "stage2", "ensemble_last_rois", "ensemble_own_rois"])
 @torch.no_grad()
 def test_traced_model_equals_eager_at_other_sizes(mode, tiny_model):
