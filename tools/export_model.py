@@ -30,10 +30,10 @@ def parser():
 def main(argv=None):
     args = parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    cfg = config.load(args.config_file, args.overrides)
     try:
         result = export.export(
-            cfg,
+            args.config_file,
+            overrides=args.overrides,
             output_dir=args.output,
             format=args.format,
             method=args.method,
@@ -49,6 +49,7 @@ def main(argv=None):
         print(f"  {check.line(noun)}")
     print(f"check passed in a fresh process: max error {result.max_error:.1e}")
     if args.evaluate:
+        cfg = config.load(args.config_file, args.overrides)
         for name, tasks in export.evaluate_exported(result.path, cfg).items():
             for task, metrics in tasks.items():
                 shown = ", ".join(f"{k} {v:.2f}" for k, v in metrics.items() if "-" not in k)

@@ -7,10 +7,12 @@
     with the channel order and the size that ``model.json`` asks for, and returns a tuple of
     tensors. A detector gives boxes ``(N, 4)`` float32 (x0, y0, x1, y1 in pixels of the given
     image, best score first), scores ``(N,)``, classes ``(N,)`` int64 and, with a mask branch,
-    masks ``(N, 28, 28)``: probabilities on a grid over each box, to be stretched over it. A
-    semantic segmentor gives scores ``(K, H, W)``. Padding, normalisation and non-maximum
-    suppression are inside; no device is written into the file, it runs where it is loaded
-    (``map_location``). It evaluates as it is; a scripted file refuses ``eval()`` and ``train()``.
+    masks ``(N, 28, 28)``: probabilities on a grid over each box; torchvision's
+    ``models.detection.roi_heads.paste_masks_in_image(masks[:, None], boxes, (height, width))``
+    stretches them over their boxes, above 0.5 is the object. A semantic segmentor gives scores
+    ``(K, H, W)``. Padding, normalisation and non-maximum suppression are inside; no device is
+    written into the file, it runs where it is loaded (``map_location``). It evaluates as it is; a
+    scripted file refuses ``eval()`` and ``train()``.
 
 ``model.json``
     ``task``; ``input`` with ``channels`` (``BGR``) and ``resize`` (``shortest_edge``: the shorter
@@ -54,7 +56,7 @@ from .artefact import ExportedDetector, evaluate_exported, load
 from .devices import device_constants
 from .pipeline import FORMATS, Exported, export, export_model
 from .torchscript import METHODS, to_torchscript
-from .verify import CheckError, ImageCheck, check_images, verify
+from .verification import CheckError, ImageCheck, check_images, verify
 
 __all__ = [
     "FORMATS",

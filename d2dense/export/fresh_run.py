@@ -1,7 +1,7 @@
 """Run a saved model where nothing but torch and torchvision can be imported.
 
-Started by :mod:`d2dense.export.verify` as a script in a process of its own; it must not import
-anything of this project.
+Started by :mod:`d2dense.export.verification` as a script in a process of its own; it must not
+import anything of this project.
 
 usage: fresh_run.py MODEL IMAGES RESULTS THREADS
 """

@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import os
+import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import cv2
+import numpy as np
 import torch
 import torchvision
-from detectron2.config import CfgNode, instantiate
+from detectron2.config import CfgNode
 from detectron2.data import transforms as T
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from d2dense import __version__, checkpoint
+from d2dense import __version__
 from d2dense.errors import UserError, nearest
 
 from .adapters import Adapter, adapt
 from .artefact import metadata_path
-from .torchscript import to_torchscript
-from .verify import ImageCheck, check_images, verify
+from .torchscript import quiet, to_torchscript
+from .verification import ImageCheck, check_images, verify
 
 __all__ = ["FORMATS", "Exported", "export", "export_model"]
 
@@ -57,51 +61,45 @@ _PLANNED = ("torch_export", "onnx")
 
 
 def export(
-    cfg: CfgNode | DictConfig,
+    config_or_name: str | Path | CfgNode | DictConfig,
     *,
     output_dir: str | Path,
     format: str = "torchscript",
     method: str = "trace",
-    weights: str | None = None,
+    weights: str | os.PathLike | None = None,
     sample_image: str | Path | None = None,
     tolerance: float = 1e-4,
+    overrides: Sequence[str] = (),
 ) -> Exported:
     """Export the model of a config, see :func:`export_model`.
 
     Args:
-        cfg: what :func:`d2dense.config.load` returns.
-        weights: replaces the config's weights.
+        config_or_name, weights, overrides: as in :class:`d2dense.inference.Predictor`.
         sample_image: picture to trace and check on, best one with objects that the model knows; a
             generated scene where None.
 
     Raises:
-        UserError: whatever the user can correct; CheckError: the file is wrong, and removed.
+        UserError: whatever the user can correct.
+        CheckError: the file does not compute what the model does; it is removed.
     """
-    from d2dense.data.classes import dataset_classes
-    from d2dense.engine.experiment import experiment
+    from d2dense.inference import Predictor  # needs the data and the projects
 
     check_format(format)
-    run = experiment(cfg, device="cpu")
-    model = run.build_model().eval()
-    weights = weights or run.settings.init_checkpoint
-    if weights:
-        report = checkpoint.load_weights(model, weights, allow_pickle=run.settings.allow_pickle)
-        report.require_complete()
-    else:
-        logger.warning("no weights are given: the exported model has random ones")
-    mapper = _test_mapper(run.cfg)
-    names = run.test_names or run.train_names
-    kind = "stuff" if adapt(model).task == "semantic" else "thing"
+    if sample_image is not None and not Path(sample_image).is_file():
+        raise UserError(f"--sample-image {sample_image} does not exist")
+    predictor = Predictor(config_or_name, weights, device="cpu", overrides=overrides)
+    classes = "stuff_classes" if adapt(predictor.model).task == "semantic" else "thing_classes"
+    picture = _scene() if sample_image is None else sample_image
     return export_model(
-        model,
-        _sample(mapper, sample_image),
+        predictor.model,
+        predictor.preprocess(picture)["image"],
         output_dir=output_dir,
         format=format,
         method=method,
         tolerance=tolerance,
-        classes=dataset_classes(names, kind) if names else None,
-        channels=mapper.image_format,
-        resize=_resize_rule(mapper),
+        classes=predictor.metadata.get(classes),
+        channels=predictor.image_format,
+        resize=_resize_rule(predictor.augmentations),
     )
 
 
@@ -113,7 +111,7 @@ def export_model(
     format: str = "torchscript",
     method: str = "trace",
     tolerance: float = 1e-4,
-    classes: list[str] | None = None,
+    classes: Sequence[str] | None = None,
     channels: str = "BGR",
     resize: dict[str, Any] | None = None,
 ) -> Exported:
@@ -138,15 +136,15 @@ def export_model(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write into {folder}: {error.strerror}; change --output") from None
-    path, was_training = folder / file_name, model.training
+    path = folder / file_name
     unchecked = path.with_name(f".unchecked.{os.getpid()}.{file_name}")
-    adapter = adapt(model)
+    adapter = adapt(copy.deepcopy(model)).eval()
     try:
-        save(model, image, unchecked, method=method)
-        checks = verify(unchecked, adapter.eval(), check_images(image), tolerance=tolerance)
+        with quiet():
+            save(adapter.model, image, unchecked, method=method)
+            checks = verify(unchecked, adapter, check_images(image), tolerance=tolerance)
         os.replace(unchecked, path)
     finally:
-        model.train(was_training)
         unchecked.unlink(missing_ok=True)
     if adapter.task == "detection" and not any(check.found for check in checks):
         logger.warning(
@@ -181,7 +179,7 @@ def check_format(format: str) -> None:
 def _describe(
     adapter: Adapter,
     image: Tensor,
-    classes: list[str] | None,
+    classes: Sequence[str] | None,
     channels: str,
     resize: dict[str, Any] | None,
 ) -> dict[str, Any]:
@@ -196,7 +194,7 @@ def _describe(
             "resize": resize,
         },
         "outputs": [output.as_dict() for output in adapter.outputs],
-        "classes": classes,
+        "classes": None if classes is None else list(classes),
         "versions": {
             "d2dense": __version__,
             "torch": torch.__version__,
@@ -205,41 +203,25 @@ def _describe(
     }
 
 
-def _test_mapper(cfg: CfgNode | DictConfig):
-    from d2dense.data import mappers
-
-    if isinstance(cfg, CfgNode):
-        return mappers.from_cfg(cfg, False)
-    node = OmegaConf.select(cfg, "dataloader.test.mapper")
-    if node is None:
-        raise UserError("the lazy config defines no 'dataloader.test.mapper', which export needs")
-    return instantiate(node)
-
-
-def _resize_rule(mapper) -> dict[str, Any] | None:
-    """Describe how the test mapper resizes; None where it does not."""
-    steps = list(getattr(mapper.augmentations, "augs", mapper.augmentations))
+def _resize_rule(augmentations: T.AugmentationList) -> dict[str, Any] | None:
+    """Describe how pictures are resized; None where they are not."""
+    steps = augmentations.augs
     if not steps:
         return None
     if len(steps) == 1 and isinstance(steps[0], T.ResizeShortestEdge):
-        limit = steps[0].max_size
+        limit = int(steps[0].max_size)
         return {
             "rule": "shortest_edge",
             "min_size": int(steps[0].short_edge_length[0]),
-            "max_size": int(limit) if limit < 2**31 else None,
+            "max_size": None if limit == sys.maxsize else limit,
         }
     return {"rule": "other", "steps": [repr(step) for step in steps]}
 
 
-def _sample(mapper, path: str | Path | None) -> Tensor:
-    """Return a picture as the test mapper gives it, ``(C, H, W)`` uint8."""
-    if path is not None:
-        if not Path(path).is_file():
-            raise UserError(f"--sample-image {path} does not exist")
-        return mapper({"file_name": str(path)})["image"]
+def _scene() -> np.ndarray:
+    """Return a generated picture with objects, BGR uint8 (H, W, 3)."""
     from d2dense.data import shapes
 
     with tempfile.TemporaryDirectory(prefix="d2dense_sample_") as folder:
-        shapes.generate(output_dir=folder, split="sample", count=1, size=512, seed=1)
-        picture = next(Path(folder, "images", "sample").iterdir())
-        return mapper({"file_name": str(picture)})["image"]
+        shapes.generate(output_dir=folder, split="sample", count=1, size=(480, 640), seed=1)
+        return cv2.imread(str(next(Path(folder, "images", "sample").iterdir())))

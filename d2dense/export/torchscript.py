@@ -13,7 +13,9 @@ import torch
 import torchvision.ops.boxes
 from detectron2.export import scripting_with_instances
 from detectron2.export.torchscript_patch import patch_builtin_len
+from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.modeling.roi_heads import CascadeROIHeads
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import Tensor, nn
 
 from d2dense.errors import UserError
@@ -21,7 +23,7 @@ from d2dense.errors import UserError
 from .adapters import Adapter, adapt
 from .devices import device_constants, unbind_devices
 
-__all__ = ["METHODS", "to_torchscript"]
+__all__ = ["METHODS", "quiet", "to_torchscript"]
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +48,7 @@ def to_torchscript(
     adapter = adapt(copy.deepcopy(model)).eval()
     for parameter in adapter.parameters():
         parameter.requires_grad_(False)
-    with torch.no_grad(), _quiet():
+    with torch.no_grad(), quiet():
         module = METHODS[method](adapter, image)
     left = device_constants(module)
     if left:
@@ -66,6 +68,7 @@ def _trace(adapter: Adapter, image: Tensor) -> torch.jit.ScriptModule:
 
 def _script(adapter: Adapter, image: Tensor) -> torch.jit.ScriptModule:
     del image
+    _make_plain(adapter)
     try:
         return scripting_with_instances(adapter, adapter.instance_fields)
     except (RuntimeError, TypeError, AttributeError) as error:
@@ -75,6 +78,19 @@ def _script(adapter: Adapter, image: Tensor) -> torch.jit.ScriptModule:
             f"{_parts(adapter.model)} cannot be scripted ({(lines or [type(error).__name__])[0]}); "
             f"use --method trace{_hint(adapter.model)}"
         ) from error
+
+
+def _make_plain(model: nn.Module) -> None:
+    """Turn what a lazy config left in attributes into lists, tuples and dicts, in place.
+
+    Scripting types attributes by their values and does not know omegaconf's containers.
+    """
+    for module in model.modules():
+        for name, value in list(vars(module).items()):
+            if isinstance(value, (ListConfig, DictConfig)):
+                setattr(module, name, OmegaConf.to_container(value))
+            elif isinstance(value, Box2BoxTransform) and isinstance(value.weights, ListConfig):
+                value.weights = tuple(value.weights)
 
 
 def _parts(model: nn.Module) -> str:
@@ -98,8 +114,10 @@ METHODS: dict[str, Callable[[Adapter, Tensor], torch.jit.ScriptModule]] = {
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Hide the tracer's warnings; the check of the result is what tells whether they matter."""
+def quiet() -> Iterator[None]:
+    """Hide the tracer's warnings and Detectron2's deprecated calls; the check of the result is what
+    tells whether they matter.
+    """
     noisy = logging.getLogger("torch.fx._symbolic_trace")
     with ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())

@@ -4,9 +4,10 @@ import json
 
 import pytest
 import torch
+from torchvision.models.detection.roi_heads import paste_masks_in_image
 
 from d2dense.errors import UserError
-from d2dense.export import CheckError, export_model, load
+from d2dense.export import CheckError, ExportedDetector, export_model, load
 from d2dense.export import pipeline as pipeline_module
 from tests.export.exportable import NUM_CLASSES, picture, tiny_model
 
@@ -42,6 +43,24 @@ def test_detections_in_original_pixels(tmp_path, method):
         assert torch.allclose(instances.scores, expected.scores, atol=1e-5)
         assert torch.equal(instances.pred_classes, expected.pred_classes)
         assert torch.equal(instances.pred_masks, expected.pred_masks)
+
+
+def test_torchvision_pastes_masks_like_detectron2():
+    """The documentation recommends its function to users who do not have Detectron2."""
+    row = torch.arange(28) - 13.5
+    disc = (1.2 - (row[:, None] ** 2 + row[None] ** 2).sqrt() / 24).clamp(0, 1)
+    boxes = torch.tensor([[10.3, 5.2, 60.9, 44.1], [70.0, 30.5, 139.0, 95.7]])
+    masks = torch.stack([disc, disc.roll(5, 1)])
+    description = [{"name": name} for name in ("boxes", "scores", "classes", "masks")]
+    outputs = boxes, torch.ones(2), torch.zeros(2, dtype=torch.int64), masks
+    detector = ExportedDetector(
+        lambda image: outputs, {"task": "detection", "outputs": description}
+    )
+    expected = detector([{"image": torch.zeros(3, 96, 140)}])[0]["instances"].pred_masks
+    pasted = paste_masks_in_image(masks[:, None], boxes, (96, 140))[:, 0] > 0.5
+    assert expected.sum() > 1000
+    # torchvision rounds boxes to pixels
+    assert (pasted & expected).sum() / (pasted | expected).sum() > 0.93
 
 
 def test_semantic_scores_in_original_pixels(tmp_path):

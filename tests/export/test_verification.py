@@ -7,12 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from d2dense.export import CheckError, adapt, check_images, to_torchscript, verify
-from d2dense.export import verify as verify_function
+from d2dense.export import CheckError, adapt, check_images, to_torchscript, verification, verify
 from d2dense.export.adapters import BOXES, SCORES, Adapter
 from tests.export.exportable import picture, tiny_model
 
-FRESH_RUN = Path(sys.modules[verify_function.__module__].__file__).with_name("fresh_run.py")
+FRESH_RUN = Path(verification.__file__).with_name("fresh_run.py")
 
 
 class _Toy(Adapter):
