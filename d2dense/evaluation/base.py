@@ -1,4 +1,4 @@
-"""What every evaluator shares: one record per image, gathered and summarised in the main process."""
+"""What every evaluator shares: a record per image, gathered and summarised in the main process."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ def require(package: str, feature: str, install: str) -> ModuleType:
 class ImageEvaluator(DatasetEvaluator):
     """Evaluator that keeps a small record per image and needs nothing but these records at the end.
 
-    Records are stored by image, so a sampler that hands one image to two processes (to give each the
-    same number of batches) does not count it twice, and the result is the same for any number of
-    processes. Subclasses write :meth:`record` and :meth:`summarize`.
+    Records are stored by image, so a sampler that hands one image to two processes (to give each
+    the same number of batches) does not count it twice, and the result is the same for any number
+    of processes. Subclasses write :meth:`record` and :meth:`summarize`.
     """
 
     def __init__(self, dataset_name: str, *, output_dir: str | None = None):

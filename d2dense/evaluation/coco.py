@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 
+from d2dense.data.coco_format import read_json
 from d2dense.errors import UserError
 from d2dense.evaluation.base import ImageEvaluator
 from d2dense.evaluation.detections import check_classes, detections
-from d2dense.evaluation.ground_truth import GroundTruth, class_ids, load_ground_truth, read_json
+from d2dense.evaluation.ground_truth import GroundTruth, class_ids, load_ground_truth
 from d2dense.evaluation.precision import coco_precision, precision_metrics
 
 __all__ = ["COCOEvaluator", "InstanceEvaluator"]
@@ -29,8 +30,8 @@ class InstanceEvaluator(ImageEvaluator):
 
     Args:
         dataset_name: registered data set, with a ``json_file`` or (COCO only) dicts.
-        tasks: of "bbox" and "segm"; None means boxes, and masks where both the model and the data set
-            have them.
+        tasks: of "bbox" and "segm"; None means boxes, and masks where both the model and the data
+            set have them.
         output_dir: folder for the predictions as a COCO results file; None writes nothing.
         max_dets: number of highest-scoring detections that count.
         per_class: also return and log the precision of each class.
@@ -121,8 +122,8 @@ class COCOEvaluator(InstanceEvaluator):
         unknown = [key for key in records if key not in truth.image_ids]
         if unknown:
             raise UserError(
-                f"image {unknown[0]!r} was predicted but is not in {truth.source}; the test loader and "
-                "the evaluator must use the same data set"
+                f"image {unknown[0]!r} was predicted but is not in {truth.source}; the test loader "
+                "and the evaluator must use the same data set"
             )
         self.write_predictions(records, truth.class_ids)
         if truth.annotations is None:

@@ -36,8 +36,8 @@ def check_classes(instances: Instances, *, num_classes: int, dataset_name: str) 
 
 
 def detections(instances: Instances) -> list[dict[str, Any]]:
-    """Return one dict per instance: ``class`` (contiguous), ``score``, ``bbox`` (absolute x, y, w, h)
-    and, where the model predicts masks, ``segmentation``.
+    """Return one dict per instance: ``class`` (contiguous), ``score``, ``bbox`` (absolute x, y, w,
+    h) and, where the model predicts masks, ``segmentation``.
 
     Args:
         instances: R predictions of one image on the CPU with ``pred_boxes`` (R, 4) absolute xyxy,

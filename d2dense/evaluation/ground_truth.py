@@ -6,7 +6,6 @@ written to disk or kept between evaluations, so changed annotations are always s
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
@@ -19,10 +18,11 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.catalog import Metadata
 from detectron2.structures import BoxMode
 
+from d2dense.data.coco_format import read_json
 from d2dense.errors import UserError
 from d2dense.evaluation.base import image_key
 
-__all__ = ["GroundTruth", "class_ids", "load_ground_truth", "read_json"]
+__all__ = ["GroundTruth", "class_ids", "load_ground_truth"]
 
 logger = logging.getLogger(__name__)
 
@@ -31,8 +31,9 @@ logger = logging.getLogger(__name__)
 class GroundTruth:
     """Annotations of one data set under ids of our own.
 
-    Ids in files are any integers (with gaps, from 0, even repeated) or texts. Here images count from 1
-    in the order of their ids, classes are the contiguous class + 1, and annotations count from 1.
+    Ids in files are any integers (with gaps, from 0, even repeated) or texts. Here images count
+    from 1 in the order of their ids, classes are the contiguous class + 1, and annotations
+    count from 1.
     """
 
     source: str  # file or data set, for messages
@@ -53,8 +54,8 @@ class GroundTruth:
             if task == "bbox":
                 annotation.pop("segmentation", None)
             elif not annotation.get("segmentation"):
-                # An object without a mask among objects with masks: nobody can say which mask is right
-                # there, so detections inside its box are neither rewarded nor punished.
+                # An object without a mask among objects with masks: nobody can say which mask is
+                # right there, so detections inside its box are neither rewarded nor punished.
                 x, y, w, h = annotation["bbox"]
                 annotation["segmentation"] = [[x, y, x + w, y, x + w, y + h, x, y + h]]
                 annotation["iscrowd"] = 1
@@ -62,28 +63,11 @@ class GroundTruth:
         return {"images": self.images, "annotations": annotations, "categories": categories}
 
 
-def read_json(path: str | Path) -> dict[str, Any]:
-    """Return the content of an annotation file in COCO's layout, checked for its main lists."""
-    path = Path(path)
-    try:
-        raw = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(
-            f"annotation file {path} does not exist; check the data set's json"
-        ) from None
-    except ValueError as error:
-        raise UserError(f"annotation file {path} is not valid JSON: {error}") from None
-    for key in ("images", "categories"):
-        if not isinstance(raw, dict) or not isinstance(raw.get(key), list):
-            raise UserError(f"annotation file {path} has no list {key!r}; it must be COCO's layout")
-    return raw
-
-
 def class_ids(metadata: Metadata, categories: Iterable[Mapping[str, Any]]) -> dict[int, int]:
     """Return {category id in the data set: contiguous class}.
 
-    The metadata's ``thing_dataset_id_to_contiguous_id`` decides; without it classes are numbered in the
-    order of their ids, which is what detectron2's loader does.
+    The metadata's ``thing_dataset_id_to_contiguous_id`` decides; without it classes are numbered in
+    the order of their ids, which is what detectron2's loader does.
     """
     mapping = metadata.get("thing_dataset_id_to_contiguous_id")
     if mapping:
@@ -107,14 +91,14 @@ def _number_images(images: list[dict[str, Any]]) -> dict[Hashable, int]:
 
 
 def _first_ids(mapping: Mapping[int, int]) -> list[int]:
-    """Invert ``mapping``; of several categories merged into one class, the lowest id speaks for it."""
+    """Invert ``mapping``; of categories merged into one class, the lowest id speaks for it."""
     lowest: dict[int, int] = {}
     for id_, contiguous in sorted(mapping.items()):
         lowest.setdefault(contiguous, id_)
     if sorted(lowest) != list(range(len(lowest))):
         raise UserError(
-            f"thing_dataset_id_to_contiguous_id maps to {sorted(lowest)}, not to 0 to {len(lowest) - 1};"
-            " give the classes contiguous numbers"
+            f"thing_dataset_id_to_contiguous_id maps to {sorted(lowest)}, not to 0 to "
+            f"{len(lowest) - 1}; give the classes contiguous numbers"
         )
     return [lowest[contiguous] for contiguous in range(len(lowest))]
 

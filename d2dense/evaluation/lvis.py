@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from d2dense.data.coco_format import read_json
 from d2dense.errors import UserError
 from d2dense.evaluation.base import require
 from d2dense.evaluation.coco import InstanceEvaluator
-from d2dense.evaluation.ground_truth import class_ids, read_json
+from d2dense.evaluation.ground_truth import class_ids
 from d2dense.evaluation.precision import mean_precision, precision_metrics
 
 __all__ = ["LVISEvaluator", "lvis_precision"]
@@ -22,8 +23,9 @@ logger = logging.getLogger(__name__)
 class LVISEvaluator(InstanceEvaluator):
     """AP of boxes and masks with APr, APc and APf, computed by the ``lvis`` package.
 
-    The arguments are those of :class:`InstanceEvaluator`; up to 300 detections of an image count, over
-    all classes. Of the 1 000 and more classes, only those with ground truth are listed one by one.
+    The arguments are those of :class:`InstanceEvaluator`; up to 300 detections of an image count,
+    over all classes. Of the 1 000 and more classes, only those with ground truth are listed one by
+    one.
     """
 
     results_prefix = "lvis"
@@ -110,8 +112,8 @@ def lvis_precision(
 
     Args:
         json_file: annotations in LVIS's layout.
-        detections: dicts with ``image_id``, ``category_id``, ``score``, ``bbox`` (x, y, w, h) and, for
-            masks, ``segmentation``, under the ids of the file; may be empty.
+        detections: dicts with ``image_id``, ``category_id``, ``score``, ``bbox`` (x, y, w, h) and,
+            for masks, ``segmentation``, under the ids of the file; may be empty.
         task: "bbox" or "segm".
         max_dets: this many of an image's highest scores count, over all classes.
     """
@@ -130,7 +132,7 @@ def _lvis():
 
 
 def _complete(truth: Any, json_file: str) -> None:
-    """Fill in lists that small hand-made files leave out; a class without a frequency is an error."""
+    """Fill in lists that small hand-made files lack; a class without frequency is an error."""
     for image in truth.dataset["images"]:
         image.setdefault("neg_category_ids", [])
         image.setdefault("not_exhaustive_category_ids", [])
@@ -178,7 +180,7 @@ def _accumulate(evaluation: Any) -> np.ndarray:
 
 
 def _interpolated(rows: list[dict[str, Any]], objects: int, levels: np.ndarray) -> np.ndarray:
-    """Precision (T, R) at recall ``levels``: the highest precision at this recall or a larger one."""
+    """Precision (T, R) at recall ``levels``: the highest at this recall or a larger one."""
     scores = np.concatenate([row["dt_scores"] for row in rows])
     order = np.argsort(-scores, kind="mergesort")
     hit = np.concatenate([row["dt_matches"] for row in rows], axis=1)[:, order] > 0

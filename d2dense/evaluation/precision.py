@@ -25,8 +25,8 @@ def coco_precision(
 
     Args:
         ground_truth: dict in COCO's layout; it becomes property of the evaluation.
-        detections: dicts with ``image_id``, ``category_id``, ``score``, ``bbox`` (x, y, w, h) and, for
-            masks, ``segmentation``, under the ids of ``ground_truth``; may be empty.
+        detections: dicts with ``image_id``, ``category_id``, ``score``, ``bbox`` (x, y, w, h) and,
+            for masks, ``segmentation``, under the ids of ``ground_truth``; may be empty.
         task: "bbox" or "segm".
         max_dets: per image and class, only this many of the highest scores count.
     """
