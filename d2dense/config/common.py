@@ -207,6 +207,7 @@ def adamw(
         lr=lr,
         betas=list(betas),
         weight_decay=weight_decay,
+        fused=True,
     )
 
 

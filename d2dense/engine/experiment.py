@@ -189,6 +189,7 @@ class YamlExperiment(Experiment):
                 lr=solver.BASE_LR,
                 betas=tuple(solver.BETAS),
                 weight_decay=solver.WEIGHT_DECAY,
+                fused=True,
             )
         raise UserError(f"SOLVER.OPTIMIZER = {solver.OPTIMIZER!r}, expected SGD or AdamW")
 

@@ -121,7 +121,8 @@ def _place_object(
     """Return an object's contours; now and then it is put half behind the one placed before."""
     largest = max(min(height, width) / 2, MIN_SIZE)
     size, beside, x, y, direction = rng.random(5).tolist()
-    extent = MIN_SIZE * (largest / MIN_SIZE) ** size  # as many objects in each octave
+    # each octave of sizes holds more objects than the one below it
+    extent = MIN_SIZE * (largest / MIN_SIZE) ** math.sqrt(size)
     margin = 0.3 * extent
     x, y = margin + x * (width - 2 * margin), margin + y * (height - 2 * margin)
     if neighbour is not None and beside < 0.35:

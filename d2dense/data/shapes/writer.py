@@ -28,7 +28,7 @@ __all__ = ["DEFAULT_COUNTS", "SEMANTIC_CLASSES", "ensure", "generate"]
 
 logger = logging.getLogger(__name__)
 
-VERSION = 1  # of the pictures: raised when the same seed gives other bytes
+VERSION = 1
 SEMANTIC_CLASSES: tuple[str, ...] = (*CLASSES, *STUFF_CLASSES)
 DEFAULT_COUNTS = {"train": 2000, "val": 250}
 JPEG_QUALITY = 90

@@ -32,6 +32,7 @@ _rpn.post_nms_topk = [100, 100]
 _heads = model.roi_heads
 _heads.num_classes = 10
 _heads.batch_size_per_image = 32
+_heads.positive_fraction = 0.5  # more objects to learn classes from
 _heads.box_pooler.sampling_ratio = 1
 for _head in _heads.box_heads:
     _head.input_shape = _pooled
@@ -41,7 +42,7 @@ for _predictor in _heads.box_predictors:
     _predictor.box_input_shape = _pooled
 _heads.loc_head.channels = _WIDTH
 
-_steps, _batch = 500, 16
+_steps, _batch = 1000, 8
 _resize = {"min_size": [160], "max_size": 160}
 dataloader = common.detection_loader(
     train="shapes_train",
@@ -52,5 +53,5 @@ dataloader = common.detection_loader(
     workers=0,
 )
 optimizer = common.adamw(lr=0.002, weight_decay=0.05)
-lr_multiplier = common.cosine(max_iter=_steps, warmup_iters=30, warmup_factor=0.1)
+lr_multiplier = common.cosine(max_iter=_steps, warmup_iters=50, warmup_factor=0.1)
 train = common.train(max_iter=_steps, seed=0, device="cpu", channels_last=True)
