@@ -1,0 +1,119 @@
+"""One process of an evaluation on several: every kind of test set, images dealt out in turn."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import torch.distributed as dist
+from PIL import Image
+
+from d2dense.data import cityscapes
+from d2dense.evaluation import build_evaluator, evaluate, write_results
+from tests.evaluation.samples import (
+    Oracle,
+    cityscapes_images,
+    cityscapes_instances,
+    cityscapes_semantic,
+    noisy_labels,
+    noisy_predictions,
+    one_hot,
+    register,
+)
+
+IMAGES = 5
+
+
+def write_data(root):
+    """Write five images' annotations of every kind."""
+    rng, root = np.random.default_rng(0), Path(root)
+    town = root / "gt" / "town"
+    town.mkdir(parents=True)
+    annotations = []
+    for k in range(IMAGES):
+        labels = np.full((50, 70), 7, dtype=np.uint8)
+        ids = labels.astype(np.int32)
+        for number, label in enumerate(rng.choice([11, 21, 24, 26, 33], size=8)):
+            y, x = rng.integers(0, 35, size=2)
+            h, w = rng.integers(8, 25, size=2)
+            labels[y : y + h, x : x + w] = label
+            ids[y : y + h, x : x + w] = label * 1000 + number if label >= 24 else label
+            polygon = [[x, y, x + w, y, x + w, y + h, x, y + h]]
+            annotation = {"id": len(annotations) + 1, "image_id": k, "iscrowd": 0}
+            annotation |= {"category_id": int(label), "bbox": [x, y, w, h], "area": w * h}
+            annotations.append({**annotation, "segmentation": polygon})
+        Image.fromarray(labels).save(town / f"town_{k}_0_gtFine_labelIds.png")
+        Image.fromarray(ids).save(town / f"town_{k}_0_gtFine_instanceIds.png")
+    images = [{"id": k, "file_name": f"{k}.jpg", "height": 50, "width": 70} for k in range(IMAGES)]
+    categories = [{"id": k, "name": str(k)} for k in (11, 21, 24, 26, 33)]
+    content = {"images": images, "categories": categories, "annotations": annotations}
+    (root / "truth.json").write_text(json.dumps(content, default=int))
+
+
+def build(root):
+    """Return {test set: (images, model, evaluator)}."""
+    root = Path(root)
+    gt_dir, json_file = root / "gt", root / "truth.json"
+    images = cityscapes_images(gt_dir)
+    records = [
+        {**image, "sem_seg_file_name": str(path)}
+        for image, path in zip(images, sorted(gt_dir.glob("*/*labelIds.png")))
+    ]
+    register("loop_coco", json_file=str(json_file), evaluator_type="coco")
+    register(
+        "loop_sem_seg",
+        records,
+        evaluator_type="sem_seg",
+        stuff_classes=[str(k) for k in range(34)],
+    )
+    register("loop_instance", gt_dir=str(gt_dir), **cityscapes.metadata("instance"))
+    register("loop_semantic", gt_dir=str(gt_dir), **cityscapes.metadata("semantic"))
+    rng, outputs = np.random.default_rng(1), {name: {} for name in ("sem_seg", "ins", "semantic")}
+    for image, record in zip(images, records):
+        labels = np.array(Image.open(record["sem_seg_file_name"]))
+        key = image["file_name"]
+        outputs["sem_seg"][key] = {"sem_seg": one_hot(noisy_labels(labels, 34, rng), 34)}
+        outputs["ins"][key] = {"instances": cityscapes_instances(gt_dir, image, rng)}
+        outputs["semantic"][key] = {"sem_seg": one_hot(cityscapes_semantic(gt_dir, image, rng), 19)}
+    found = noisy_predictions(json_file, with_masks=True)
+    numbered = [{"image_id": k} for k in range(IMAGES)]
+    models = {
+        "loop_coco": (numbered, Oracle({k: {"instances": v} for k, v in found.items()})),
+        "loop_sem_seg": (images, Oracle(outputs["sem_seg"])),
+        "loop_instance": (images, Oracle(outputs["ins"])),
+        "loop_semantic": (images, Oracle(outputs["semantic"])),
+    }
+    return {name: (*pair, build_evaluator(name)) for name, pair in models.items()}
+
+
+def run(rank, world_size, root):
+    """Evaluate this process's share; the first image makes up for the odd number."""
+    if world_size > 1:
+        dist.init_process_group(
+            "gloo", init_method=f"file://{root}/meet", rank=rank, world_size=world_size
+        )
+    results = {}
+    for name, (images, model, evaluator) in build(root).items():
+        share = (images + images[: -len(images) % world_size])[rank::world_size]
+        loader = [share[i : i + 2] for i in range(0, len(share), 2)]
+        found = evaluate(model, {name: loader}, {name: evaluator})
+        assert bool(found) == (rank == 0)
+        results |= found
+    if rank == 0:
+        write_results(results, Path(root) / f"results{world_size}.json")
+    if world_size > 1:
+        dist.destroy_process_group()
+
+
+def read(root, world_size):
+    """Return the results, flat, without what is undefined."""
+    results = json.loads((Path(root) / f"results{world_size}.json").read_text())
+    flat = {
+        (name, task, metric): value
+        for name, tasks in results.items()
+        for task, metrics in tasks.items()
+        for metric, value in metrics.items()
+    }
+    return {key: value for key, value in flat.items() if not math.isnan(value)}
