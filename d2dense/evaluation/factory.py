@@ -35,7 +35,8 @@ def build_evaluator(
     Args:
         output_dir: where predictions are written; None writes nothing.
         tasks: for objects, some of "bbox" and "segm"; by default what model and data have.
-        max_dets: for objects, detections per image that count; by default the measure's own number.
+        max_dets: detections per image that count by COCO's measure, 100 by default; LVIS's measure
+            has its own 300.
 
     Raises:
         UserError: no or an unknown ``evaluator_type``, or options that the evaluator does not have.

@@ -13,6 +13,7 @@ from d2dense.data import read_label_map
 from d2dense.data.folders import load_semantic_folder
 from d2dense.errors import UserError
 from d2dense.evaluation import SemSegEvaluator, build_evaluator
+from d2dense.evaluation.sem_seg import class_map
 from tests.evaluation.samples import feed, noisy_labels, one_hot, register, unregister
 
 NAME = "evaluation_test_sem_seg"
@@ -166,6 +167,13 @@ def test_predictions_are_written_only_into_an_output_folder(tiny, tmp_path):
     assert [(s["file_name"], s["category_id"]) for s in segments] == [("0.jpg", 7), ("0.jpg", 11)]
     for segment, k in zip(segments, (0, 2)):
         np.testing.assert_array_equal(mask_util.decode(segment["segmentation"]) == 1, guess == k)
+
+
+def test_scores_of_a_class_that_is_not_annotated_are_predictions_of_it():
+    labels = np.array([[0, 1], [2, 0]])
+    options = {"no_class": 0, "source": NAME}
+    np.testing.assert_array_equal(class_map(one_hot(labels, 3), 3, **options), labels)
+    np.testing.assert_array_equal(class_map(labels, 3, **options), [[3, 1], [2, 3]])
 
 
 def test_users_mistakes(tiny, tmp_path):
