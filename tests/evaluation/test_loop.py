@@ -3,11 +3,12 @@
 import json
 import logging
 import math
+from argparse import Namespace
 
 import pytest
-import torch.multiprocessing as mp
 from detectron2.evaluation import DatasetEvaluator
 
+from d2dense.engine.launch import launch
 from d2dense.errors import UserError
 from d2dense.evaluation import build_evaluator, evaluate, flatten, write_results
 from tests.evaluation import worker
@@ -26,8 +27,10 @@ def clean():
 def test_two_processes_equal_one(tmp_path):
     """Five images on two processes: the image that both see must not count twice."""
     worker.write_data(tmp_path)
-    worker.run(0, 1, str(tmp_path))
-    mp.spawn(worker.run, args=(2, str(tmp_path)), nprocs=2)
+    for processes in (1, 2):
+        args = Namespace(num_gpus=processes, num_machines=1, machine_rank=0, dist_url="auto")
+        args.device, args.root = "cpu", str(tmp_path)
+        launch(worker.run, args)
     one, two = worker.read(tmp_path, 1), worker.read(tmp_path, 2)
     assert one == pytest.approx(two, abs=1e-9)
     for key in [

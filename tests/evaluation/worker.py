@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 
 import numpy as np
-import torch.distributed as dist
+from detectron2.utils import comm
 from PIL import Image
 
 from d2dense.data import cityscapes
@@ -88,23 +88,18 @@ def build(root):
     return {name: (*pair, build_evaluator(name)) for name, pair in models.items()}
 
 
-def run(rank, world_size, root):
+def run(args):
     """Evaluate this process's share; the first image makes up for the odd number."""
-    if world_size > 1:
-        dist.init_process_group(
-            "gloo", init_method=f"file://{root}/meet", rank=rank, world_size=world_size
-        )
+    rank, world_size = comm.get_rank(), comm.get_world_size()
     results = {}
-    for name, (images, model, evaluator) in build(root).items():
+    for name, (images, model, evaluator) in build(args.root).items():
         share = (images + images[: -len(images) % world_size])[rank::world_size]
         loader = [share[i : i + 2] for i in range(0, len(share), 2)]
         found = evaluate(model, {name: loader}, {name: evaluator})
         assert bool(found) == (rank == 0)
         results |= found
     if rank == 0:
-        write_results(results, Path(root) / f"results{world_size}.json")
-    if world_size > 1:
-        dist.destroy_process_group()
+        write_results(results, Path(args.root) / f"results{world_size}.json")
 
 
 def read(root, world_size):
