@@ -45,7 +45,7 @@ def draw_scene(folder, stem, seed):
     tiny instances, tiny groups, unlabeled areas."""
     rng = np.random.default_rng(seed)
     labels = np.full((120, 160), 7, dtype=np.uint8)
-    ids = np.full(labels.shape, 7, dtype=np.int32)
+    ids = np.full(labels.shape, 7, dtype=np.uint16)
     kinds = [4, 5, 11, 21, 23, 24, 25, 26, 26, 26, 27, 29, 30, 33, 33, 24, 26, 10, 3, 0]
     for number, label in enumerate([*kinds, *kinds]):
         height, width = rng.integers(4, 40, size=2)
@@ -164,7 +164,7 @@ def test_unpredicted_images_count_as_empty(gt_dir, caplog):
 @pytest.fixture
 def one_car(tmp_path):
     """An image of one car, 20x20 px, with a group of cars and void beside it."""
-    ids = np.full((60, 60), 7, dtype=np.int32)
+    ids = np.full((60, 60), 7, dtype=np.uint16)
     ids[0:20, 0:20], ids[0:20, 30:60], ids[40:60] = 26001, 26, 4
     folder = tmp_path / "gt" / "town"
     folder.mkdir(parents=True)

@@ -34,7 +34,7 @@ def write_data(root):
     annotations = []
     for k in range(IMAGES):
         labels = np.full((50, 70), 7, dtype=np.uint8)
-        ids = labels.astype(np.int32)
+        ids = labels.astype(np.uint16)
         for number, label in enumerate(rng.choice([11, 21, 24, 26, 33], size=8)):
             y, x = rng.integers(0, 35, size=2)
             h, w = rng.integers(8, 25, size=2)
