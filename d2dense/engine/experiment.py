@@ -158,9 +158,7 @@ class YamlExperiment(Experiment):
         return loaders.test_from_cfg(self.cfg, name)
 
     def build_evaluator(self, name: str, output_dir: str | None):
-        return build_evaluator(
-            name, output_dir=output_dir, max_dets=self.cfg.TEST.DETECTIONS_PER_IMAGE
-        )
+        return build_evaluator(name, output_dir=output_dir)
 
     def build_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         solver = self.cfg.SOLVER
