@@ -86,7 +86,7 @@ def _load_python(path: Path) -> DictConfig:
         raise UserError(f"config {path} cannot be loaded: {error}") from error
     except KeyError as error:
         raise UserError(
-            f"config {path} cannot be loaded: it imports {error} from a file that does not define it"
+            f"config {path} cannot be loaded: it imports {error}, which is defined nowhere"
         ) from error
     if "model" not in cfg:
         raise UserError(
