@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
-from detectron2.modeling import build_model
+from detectron2.modeling import BACKBONE_REGISTRY, build_model
+from detectron2.modeling.backbone.fpn import FPN, LastLevelMaxPool, LastLevelP6P7
+from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem, ResNet
 
 import fscascade  # noqa: F401 (registers its heads)
 from d2dense.config import get_cfg
@@ -12,18 +16,31 @@ NUM_CLASSES = 5
 TEST_SCORES = ("last", "stage1", "stage2", "ensemble_last_rois", "ensemble_own_rois")
 
 
+@BACKBONE_REGISTRY.register()
+def build_exportable_backbone(cfg, input_shape):
+    """Return a ResNet of one narrow block per stage with a pyramid, as in Detectron2's builders."""
+    widths = (16, 16, 24, 32, 40)
+    stages = [
+        ResNet.make_stage(
+            BasicBlock, 1, stride=1 + (k > 0), in_channels=a, out_channels=b, norm="FrozenBN"
+        )
+        for k, (a, b) in enumerate(pairwise(widths))
+    ]
+    levels = cfg.MODEL.FPN.IN_FEATURES
+    top = LastLevelMaxPool() if levels[0] == "res2" else LastLevelP6P7(widths[-1], 32)
+    resnet = ResNet(BasicStem(3, widths[0], "FrozenBN"), stages, out_features=list(levels))
+    return FPN(resnet, levels, 32, top_block=top)
+
+
 def tiny_cfg(heads="FSCascadeROIHeads", *, mask=False, arch="GeneralizedRCNN", **fscascade_keys):
-    """Return a yacs config of a ResNet-18 FPN model with narrow heads."""
+    """Return a yacs config of a narrow FPN model."""
     cfg = get_cfg()
     model = cfg.MODEL
     model.DEVICE, model.META_ARCHITECTURE, model.MASK_ON = "cpu", arch, mask
     model.PIXEL_STD = [58.0, 57.0, 57.0]
     dense = arch == "RetinaNet"
-    model.BACKBONE.NAME = f"build_{'retinanet_' if dense else ''}resnet_fpn_backbone"
-    model.RESNETS.DEPTH, model.RESNETS.RES2_OUT_CHANNELS = 18, 64
-    levels = ["res2", "res3", "res4", "res5"][dense:]
-    model.RESNETS.OUT_FEATURES = model.FPN.IN_FEATURES = levels
-    model.FPN.OUT_CHANNELS = 32
+    model.BACKBONE.NAME = "build_exportable_backbone"
+    model.FPN.IN_FEATURES = ["res2", "res3", "res4", "res5"][dense:]
     model.ANCHOR_GENERATOR.SIZES = [[16], [32], [64], [128], [256]]
     model.RPN.IN_FEATURES = ["p2", "p3", "p4", "p5", "p6"]
     model.RPN.POST_NMS_TOPK_TEST = 60
@@ -64,3 +81,10 @@ def picture(height, width, *, seed=0, dtype=torch.uint8):
     blocks = torch.rand(1, 3, 7, 9, generator=generator) * 255
     image = torch.nn.functional.interpolate(blocks, (height, width), mode="bilinear")[0]
     return image.round().to(dtype)
+
+
+def run_here(path, images):
+    """What the fresh process does, in this one; for tests of something else."""
+    module = torch.jit.load(str(path))
+    with torch.no_grad():
+        return [module(image) for image in images]

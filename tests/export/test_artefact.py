@@ -7,11 +7,16 @@ import torch
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 
 from d2dense.errors import UserError
-from d2dense.export import CheckError, ExportedDetector, export_model, load
+from d2dense.export import CheckError, ExportedDetector, export_model, load, verification
 from d2dense.export import pipeline as pipeline_module
-from tests.export.exportable import NUM_CLASSES, picture, tiny_model
+from tests.export.exportable import NUM_CLASSES, picture, run_here, tiny_model
 
 CLASSES = [f"class {k}" for k in range(NUM_CLASSES)]
+
+
+@pytest.fixture(autouse=True)
+def in_process(monkeypatch):
+    monkeypatch.setattr(verification, "_run_fresh", run_here)
 
 
 def exported(model, folder, **kwargs):

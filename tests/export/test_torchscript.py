@@ -66,7 +66,7 @@ def test_equals_eager_at_other_sizes(kind, method):
 
 
 @pytest.mark.parametrize("method", ["trace", "script"])
-@pytest.mark.parametrize("mode", TEST_SCORES)
+@pytest.mark.parametrize("mode", TEST_SCORES[1:])  # the first is every other test's
 def test_every_test_score_mode(mode, method):
     model = tiny_model(TEST_SCORES=mode)
     last = tiny_model(TEST_SCORES="last")
@@ -74,7 +74,7 @@ def test_every_test_score_mode(mode, method):
     image = picture(150, 101, seed=1)
     assert_same(module, model, image)
     scores = module(image)[1], adapt(last)(image)[1]
-    assert mode == "last" or not torch.equal(*scores), "the mode makes no difference here"
+    assert scores[0].shape != scores[1].shape or not torch.equal(*scores), "no difference here"
 
 
 @pytest.mark.parametrize("method", ["trace", "script"])

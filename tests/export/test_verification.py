@@ -9,7 +9,7 @@ import torch
 
 from d2dense.export import CheckError, adapt, check_images, to_torchscript, verification, verify
 from d2dense.export.adapters import BOXES, SCORES, Adapter
-from tests.export.exportable import picture, tiny_model
+from tests.export.exportable import picture, run_here, tiny_model
 
 FRESH_RUN = Path(verification.__file__).with_name("fresh_run.py")
 
@@ -25,6 +25,11 @@ class _Toy(Adapter):
 @pytest.fixture
 def toy():
     return _Toy(torch.nn.Linear(4, 1, bias=False)).eval()
+
+
+@pytest.fixture
+def in_process(monkeypatch):
+    monkeypatch.setattr(verification, "_run_fresh", run_here)
 
 
 def saved(module, path):
@@ -51,6 +56,7 @@ def test_real_model_passes(tmp_path):
     assert checks[0].found > 0
 
 
+@pytest.mark.usefixtures("in_process")
 def test_relative_error_is_reported(tmp_path, toy):
     path = saved(toy, tmp_path / "toy.ts")
     images = check_images(picture(64, 64))
@@ -61,6 +67,7 @@ def test_relative_error_is_reported(tmp_path, toy):
     assert max(check.error for check in checks) == pytest.approx(1e-3, rel=0.01)
 
 
+@pytest.mark.usefixtures("in_process")
 def test_another_number_of_results(tmp_path, toy):
     class Fewer(_Toy):
         def forward(self, image):
@@ -73,6 +80,7 @@ def test_another_number_of_results(tmp_path, toy):
         verify(path, toy, check_images(picture(64, 64)))
 
 
+@pytest.mark.usefixtures("in_process")
 def test_nan_is_a_difference(tmp_path, toy):
     path = saved(toy, tmp_path / "toy.ts")
     toy.model.weight.data[0, 0] = float("nan")
