@@ -20,7 +20,7 @@ PICTURES = 12
 
 
 def run(script, *arguments, quiet=True):
-    """Run one of the project's scripts; its full output is shown only when it fails."""
+    """Run one of the project's scripts; quiet ones show their output only on failure."""
     words = [str(script), *map(str, arguments)]
     print("$ python " + shlex.join(words), flush=True)
     start = time.perf_counter()
@@ -35,6 +35,7 @@ def run(script, *arguments, quiet=True):
         print(done.stdout or "", file=sys.stderr)
         raise UserError(f"{script} failed with exit code {done.returncode}; its output is above")
     print(f"  {time.perf_counter() - start:.0f} s", flush=True)
+    return done.stdout or ""
 
 
 def stage_table(path):
@@ -46,7 +47,7 @@ def stage_table(path):
         box = row["bbox"]
         values = "".join(f"{box[f'AP@{iou}']:6.1f}" for iou in ious)
         lines.append(f"{name:<20}{values}{box['AP']:7.2f}")
-    return "\n".join(lines), results
+    return "\n".join(lines)
 
 
 def main(argv=None):
@@ -69,9 +70,11 @@ def main(argv=None):
     run("tools/plot_metrics.py", train, "--output", out / "curves.png")
     images = sorted((data / "shapes" / "images" / "val").glob("*.jpg"))[:PICTURES]
     run("tools/demo.py", *model, "--input", *images, "--output", out / "pictures")
-    run("tools/export_model.py", *model, "--format", "torchscript", "--output", out / "exported")
-    table, _ = stage_table(stages / "results.json")
+    export = ["--format", "torchscript", "--method", "script", "--output", out / "exported"]
+    exported = run("tools/export_model.py", *model, *export, "--evaluate")
+    table = stage_table(stages / "results.json")
     print(f"\nAverage precision on shapes_val, each stage of one trained model:\n{table}")
+    print(f"\nTorchScript file, {exported.splitlines()[-1].partition(', APs')[0]}\n")
     for what, where in {
         "weights, log, metrics": train,
         "evaluation by stage": stages,

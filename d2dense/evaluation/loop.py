@@ -65,17 +65,23 @@ def _run(
 
 
 def _log_tables(name: str, tasks: Mapping[str, Mapping[str, float]]) -> None:
-    """Log a task's main metrics in one row and its classes in columns below."""
+    """Log a task's main metrics in one row, IoU thresholds in another, classes in columns."""
     for task, metrics in tasks.items():
-        main = {key: value for key, value in metrics.items() if "-" not in key}
-        table = tabulate([main.values()], headers=main.keys(), floatfmt=".3f", tablefmt="github")
-        logger.info("%s, %s:\n%s", name, task, table)
-        classes = [(k, v) for k, v in metrics.items() if "-" in k]
+        by_iou = {key: value for key, value in metrics.items() if "@" in key}
+        classes = [(key, value) for key, value in metrics.items() if "-" in key]
+        main = {k: v for k, v in metrics.items() if k not in by_iou and k not in dict(classes)}
+        tables = [_table([main.values()], main)]
+        if by_iou:
+            tables.append(_table([by_iou.values()], by_iou))
         if classes:
             columns = min(3, len(classes))
             rows = [sum(classes[i : i + columns], ()) for i in range(0, len(classes), columns)]
-            headers = ["class", "value"] * columns
-            logger.info("\n%s", tabulate(rows, headers=headers, floatfmt=".3f", tablefmt="github"))
+            tables.append(_table(rows, ["class", "value"] * columns))
+        logger.info("%s, %s:\n%s", name, task, "\n\n".join(tables))
+
+
+def _table(rows: Iterable[Iterable[Any]], headers: Iterable[str]) -> str:
+    return tabulate(rows, headers=list(headers), floatfmt=".3f", tablefmt="github")
 
 
 def flatten(results: Results) -> dict[str, float]:

@@ -54,4 +54,6 @@ dataloader = common.detection_loader(
 )
 optimizer = common.adamw(lr=0.002, weight_decay=0.05)
 lr_multiplier = common.cosine(max_iter=_steps, warmup_iters=50, warmup_factor=0.1)
-train = common.train(max_iter=_steps, seed=0, device="cpu", channels_last=True)
+train = common.train(
+    max_iter=_steps, eval_period=_steps // 2, seed=0, device="cpu", channels_last=True
+)
