@@ -13,8 +13,9 @@ from detectron2.utils import comm
 from detectron2.utils.events import EventWriter
 
 from d2dense.errors import UserError, nearest
+from d2dense.evaluation import flatten
 
-from .metrics import flatten_results, max_memory_mb
+from .metrics import max_memory_mb
 
 __all__ = ["PeriodicCheckpoint", "PeriodicEvaluation", "PeriodicLog"]
 
@@ -92,7 +93,7 @@ class PeriodicEvaluation(HookBase):
         with self.trainer.paused_clock():
             results = self.trainer.evaluate()
             # only the main process has results, and it decides for all
-            stop = comm.is_main_process() and self._judge(flatten_results(results))
+            stop = comm.is_main_process() and self._judge(flatten(results))
             if comm.all_gather(stop)[0]:
                 self.trainer.stop_reason = (
                     f"no better {self.metric} in {self.without_best} evaluations"

@@ -148,6 +148,8 @@ def _spawn(
     main: Callable[[Namespace], Any], args: Namespace, world_size: int, init_method: str
 ) -> None:
     mistakes = mp.get_context("spawn").SimpleQueue()
+    # it warns of every process that it ends, which hides the one line that matters
+    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
     try:
         mp.spawn(
             _worker, nprocs=args.num_gpus, args=(main, args, world_size, init_method, mistakes)

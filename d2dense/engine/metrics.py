@@ -6,13 +6,13 @@ import datetime
 import logging
 import resource
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage, EventWriter, get_event_storage
 
-__all__ = ["ConsoleWriter", "TensorStorage", "flatten_results", "max_memory_mb"]
+__all__ = ["ConsoleWriter", "TensorStorage", "max_memory_mb"]
 
 logger = logging.getLogger(__name__)
 
@@ -125,23 +125,3 @@ def max_memory_mb(device: str) -> float:
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-
-
-def flatten_results(results: Mapping[str, Mapping]) -> dict[str, float]:
-    """Return evaluation results as ``task/metric -> value``.
-
-    Args:
-        results: test set -> task -> metric -> value. With several test sets the names start with
-            the set: ``test_set/task/metric``.
-    """
-    flat = {}
-    for name, tasks in results.items():
-        prefix = f"{name}/" if len(results) > 1 else ""
-        for task, metrics in tasks.items():
-            if isinstance(metrics, Mapping):
-                for metric, value in metrics.items():
-                    if isinstance(value, (int, float)):
-                        flat[f"{prefix}{task}/{metric}"] = float(value)
-            elif isinstance(metrics, (int, float)):
-                flat[f"{prefix}{task}"] = float(metrics)
-    return flat

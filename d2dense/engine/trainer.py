@@ -20,10 +20,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from d2dense import checkpoint
 from d2dense.errors import UserError
+from d2dense.evaluation import evaluate
 
 from .ema import ModelEMA
 from .hooks import PeriodicCheckpoint, PeriodicEvaluation, PeriodicLog
-from .metrics import ConsoleWriter, TensorStorage, flatten_results
+from .metrics import ConsoleWriter, TensorStorage
 from .recompute import enable_activation_checkpointing
 from .schedule import LRSchedule
 from .step import StepResult, TrainStep
@@ -47,32 +48,13 @@ def evaluate_model(experiment: Experiment, model: nn.Module) -> dict[str, dict]:
     Returns:
         Test set -> task -> metric -> value on the main process, ``{}`` on the others.
     """
-    from d2dense.evaluation import evaluate  # heavy, and a training without test sets has no use
-
     names = list(experiment.test_names)
-    loaders = {name: experiment.build_test_loader(name) for name in names}
     folder = os.path.join(experiment.settings.output_dir, "inference")
-    evaluators = {
-        name: experiment.build_evaluator(name, os.path.join(folder, name)) for name in names
-    }
-    was_training = model.training
-    try:
-        results = evaluate(model.eval(), loaders, evaluators)
-    finally:
-        model.train(was_training)
-    if not comm.is_main_process():
-        return {}
-    for name, tasks in results.items():
-        flat = flatten_results({name: tasks})
-        # the evaluators write tables with every class and threshold; this is the summary
-        short = [f"{key} {value:.4f}" for key, value in flat.items() if not _is_detail(key)]
-        logger.info("results of %s: %s", name, "  ".join(short))
-    return results
-
-
-def _is_detail(metric: str) -> bool:
-    leaf = metric.rpartition("/")[2]
-    return "-" in leaf or "@" in leaf
+    return evaluate(
+        model,
+        {name: experiment.build_test_loader(name) for name in names},
+        {name: experiment.build_evaluator(name, os.path.join(folder, name)) for name in names},
+    )
 
 
 class Trainer(TrainerBase):
@@ -113,10 +95,10 @@ class Trainer(TrainerBase):
         self.schedule = LRSchedule(
             self.optimizer, experiment.build_lr_multiplier(), max_iter=settings.max_iter
         )
-        self.ema = None
-        if settings.ema_enabled:
-            self.ema = ModelEMA(self.model, decay=settings.ema_decay, warmup=settings.ema_warmup)
         self.step = TrainStep(self._wrap(self.model), self.optimizer, settings=settings)
+        self.ema = None
+        if settings.ema_enabled:  # after wrapping, which gives all processes the same weights
+            self.ema = ModelEMA(self.model, decay=settings.ema_decay, warmup=settings.ema_warmup)
         self.register_hooks(self._build_hooks())
         if resume_from is not None:
             self._resume(resume_from)

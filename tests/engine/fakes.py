@@ -14,10 +14,14 @@ SIZE = 6
 
 
 class TinyModel(nn.Module):
-    """Two losses in training, one output per image in evaluation; ``norm`` adds a BatchNorm."""
+    """Two losses in training, one output per image in evaluation.
 
-    def __init__(self, *, norm: bool = False):
+    ``norm`` adds a BatchNorm, ``unused`` a layer that no loss depends on.
+    """
+
+    def __init__(self, *, norm: bool = False, unused: bool = False):
         super().__init__()
+        self.unused = nn.Linear(1, 1) if unused else None
         self.stem = nn.Conv2d(3, 4, 3, padding=1)
         self.norm = nn.BatchNorm2d(4) if norm else nn.Identity()
         self.head = nn.Linear(4, 2)
@@ -88,6 +92,7 @@ class FakeExperiment:
         *,
         batches=None,
         norm=False,
+        unused=False,
         test_names=("first",),
         script=None,
         optimizer=None,
@@ -97,14 +102,15 @@ class FakeExperiment:
         self.settings = RunSettings(output_dir=str(output_dir), **settings)
         self.batches = batches or make_batches(4, 4)
         self.norm = norm
+        self.unused = unused
         self.test_names = list(test_names)
         self.script = script
         self.optimizer = optimizer or (lambda parameters: torch.optim.SGD(parameters, 0.05, 0.9))
         self.built_models = []
 
     def build_model(self):
-        self.built_models.append(TinyModel(norm=self.norm).to(self.settings.device))
-        return self.built_models[-1]
+        self.built_models.append(TinyModel(norm=self.norm, unused=self.unused))
+        return self.built_models[-1].to(self.settings.device)
 
     def build_optimizer(self, model):
         return self.optimizer(model.parameters())

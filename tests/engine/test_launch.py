@@ -125,7 +125,7 @@ def test_two_processes_train_like_one(tmp_path):
     assert (tmp_path / "two" / "model_best.pth").is_file()
 
 
-def test_all_processes_stop_early_together(tmp_path):
+def test_all_processes_stop_early_together_and_unused_parameters_are_no_obstacle(tmp_path):
     launch(workers.stop_early, workers.arguments(output_dir=str(tmp_path)))
     assert notes(tmp_path) == [2, 2]
 

@@ -1,10 +1,10 @@
-"""Values that wait as tensors, and what is made of evaluation results."""
+"""Values that wait as tensors until they are reported."""
 
 from __future__ import annotations
 
 import torch
 
-from d2dense.engine.metrics import TensorStorage, flatten_results
+from d2dense.engine.metrics import TensorStorage
 
 
 class Watched(torch.Tensor):
@@ -37,11 +37,3 @@ def test_tensors_are_read_once_per_flush_and_keep_their_iterations():
     assert storage.latest()["plain"] == (14.0, 14)
     storage.flush()
     assert len(storage.history("loss").values()) == 5
-
-
-def test_results_are_named_by_task_and_metric_and_by_set_where_there_are_several():
-    one = {"val": {"bbox": {"AP": 40.0, "AP-cat": 50}, "ok": 1.0, "table": "text"}}
-    assert flatten_results(one) == {"bbox/AP": 40.0, "bbox/AP-cat": 50.0, "ok": 1.0}
-    two = {"a": {"bbox": {"AP": 1.0}}, "b": {"bbox": {"AP": 2.0}}}
-    assert flatten_results(two) == {"a/bbox/AP": 1.0, "b/bbox/AP": 2.0}
-    assert flatten_results({}) == {}

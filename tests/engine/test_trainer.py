@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import pickle
 import re
 
 import pytest
@@ -173,6 +174,11 @@ def test_initial_weights_are_loaded(tmp_path):
     second = Trainer(FakeExperiment(tmp_path / "b", init_checkpoint=path, seed=7))
     assert_equal(second.model.state_dict(), first.model.state_dict())
     assert second.completed == 0
+    pickled = tmp_path / "a.pkl"
+    pickled.write_bytes(pickle.dumps({"model": first.model.state_dict()}))
+    with pytest.raises(UserError, match="allow_pickle"):
+        Trainer(FakeExperiment(tmp_path / "d", init_checkpoint=str(pickled)))
+    Trainer(FakeExperiment(tmp_path / "e", init_checkpoint=str(pickled), allow_pickle=True))
     with pytest.raises(UserError, match="does not exist"):
         Trainer(FakeExperiment(tmp_path / "c", init_checkpoint=str(tmp_path / "none.pth")))
 

@@ -58,7 +58,10 @@ def train(args) -> None:
 
 
 def stop_early(args) -> None:
-    """Every process must stop at the same step although only the main one has results."""
+    """Every process must stop at the same step although only the main one has results.
+
+    The layer that no loss depends on would end the second step without find_unused_parameters.
+    """
     experiment = FakeExperiment(
         args.output_dir,
         script=[2.0, 1.0, 0.5],
@@ -67,6 +70,8 @@ def stop_early(args) -> None:
         best_metric="fake/score",
         early_stop_patience=1,
         norm=True,
+        unused=True,
+        find_unused_parameters=True,
     )
     trainer = Trainer(experiment)
     trainer.train()

@@ -77,6 +77,59 @@ def test_both_kinds_train_the_same(tmp_path, configs):
     assert {"bbox/AP", "bbox/AP50", "loss_box", "loss_cls", "total_loss"} <= set(logged[0][-1])
 
 
+FIELDS = {
+    "output_dir": ("OUTPUT_DIR", "train.output_dir", "elsewhere"),
+    "max_iter": ("SOLVER.MAX_ITER", "train.max_iter", 77),
+    "init_checkpoint": ("MODEL.WEIGHTS", "train.init_checkpoint", "a.pth"),
+    "seed": ("SEED", "train.seed", 11),
+    "log_period": ("TRAIN.LOG_PERIOD", "train.log_period", 9),
+    "eval_period": ("TEST.EVAL_PERIOD", "train.eval_period", 12),
+    "checkpoint_period": ("SOLVER.CHECKPOINT_PERIOD", "train.checkpointer.period", 13),
+    "checkpoint_keep": ("SOLVER.CHECKPOINT_KEEP", "train.checkpointer.max_to_keep", 8),
+    "amp_enabled": ("SOLVER.AMP.ENABLED", "train.amp.enabled", False),
+    "amp_dtype": ("SOLVER.AMP.DTYPE", "train.amp.dtype", "float16"),
+    "accumulation_steps": ("SOLVER.ACCUMULATION_STEPS", "train.accumulation_steps", 4),
+    "clip_enabled": ("SOLVER.CLIP_GRADIENTS.ENABLED", "train.clip_gradients.enabled", False),
+    "clip_type": ("SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "train.clip_gradients.clip_type", "norm"),
+    "clip_value": ("SOLVER.CLIP_GRADIENTS.CLIP_VALUE", "train.clip_gradients.clip_value", 0.25),
+    "clip_norm_type": ("SOLVER.CLIP_GRADIENTS.NORM_TYPE", "train.clip_gradients.norm_type", 1.0),
+    "ema_enabled": ("SOLVER.EMA.ENABLED", "train.ema.enabled", False),
+    "ema_decay": ("SOLVER.EMA.DECAY", "train.ema.decay", 0.5),
+    "ema_warmup": ("SOLVER.EMA.WARMUP", "train.ema.warmup", False),
+    "ema_eval": ("SOLVER.EMA.EVAL", "train.ema.eval", False),
+    "channels_last": ("TRAIN.CHANNELS_LAST", "train.channels_last", False),
+    "compile": ("TRAIN.COMPILE", "train.compile", True),
+    "find_unused_parameters": (
+        "TRAIN.FIND_UNUSED_PARAMETERS",
+        "train.ddp.find_unused_parameters",
+        True,
+    ),
+    "activation_checkpointing": (
+        "TRAIN.ACTIVATION_CHECKPOINTING",
+        "train.activation_checkpointing",
+        True,
+    ),
+    "best_metric": ("TEST.BEST_METRIC", "train.best.metric", "bbox/AP75"),
+    "best_mode": ("TEST.BEST_MODE", "train.best.mode", "min"),
+    "early_stop_patience": ("TEST.EARLY_STOP_PATIENCE", "train.early_stop_patience", 3),
+    "allow_pickle": ("TRAIN.ALLOW_PICKLE", "train.allow_pickle", True),
+}
+
+
+def test_every_run_setting_is_reached_from_both_kinds(configs):
+    for index, kind in enumerate(KINDS):
+        before = vars(experiment(config.load(configs[kind])).settings)
+        # the device alone has a flag of its own
+        assert set(before) - {"device"} == set(FIELDS)
+        overrides = []
+        for name, entry in FIELDS.items():
+            assert before[name] != entry[2], name
+            overrides += [entry[index], str(entry[2])]
+        after = vars(experiment(config.load(configs[kind], overrides)).settings)
+        expected = {name: entry[2] for name, entry in FIELDS.items()}
+        assert {name: after[name] for name in FIELDS} == expected
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_overrides_resume_and_eval_only(tmp_path, configs, kind, capsys):
     out = tmp_path / "run"
@@ -97,7 +150,8 @@ def test_overrides_resume_and_eval_only(tmp_path, configs, kind, capsys):
     for extra in ([key, path], ["--resume"]):
         capsys.readouterr()
         assert main([*command, *spell, "3", "--eval-only", *extra]) == 0
-        assert f"results of custom_val: bbox/AP {trained:.4f}" in capsys.readouterr().out
+        table = capsys.readouterr().out.rpartition("custom_val, bbox:")[2].splitlines()
+        assert table[3].split()[1] == f"{trained:.3f}"
 
 
 def test_two_runs_with_one_seed_are_equal_and_two_seeds_are_not(tmp_path, configs):
@@ -147,7 +201,8 @@ def test_two_processes_from_the_shell(tmp_path, configs, repo_root):
     """The script itself, in a fresh process: two CPU workers, then a mistake inside of them."""
     script = [sys.executable, str(repo_root / "tools" / "train_net.py")]
     command = [*script, "--config-file", configs["lazy"], "--num-gpus", "2", "--device", "cpu"]
-    environment = {**os.environ, "PYTHONPATH": str(repo_root), "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join([str(repo_root), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "iter 4/4" in done.stdout
