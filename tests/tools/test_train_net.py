@@ -11,7 +11,8 @@ import sys
 import pytest
 import torch
 
-from d2dense import checkpoint, config
+from d2dense import checkpoint, config, model_zoo
+from d2dense.data import shapes
 from d2dense.engine.experiment import experiment
 from d2dense.engine.train_net import main
 from d2dense.errors import UserError, run_tool
@@ -223,3 +224,35 @@ def test_two_processes_from_the_shell(tmp_path, configs, repo_root):
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
     assert "none.pth does not exist" in errors[0]
+
+
+def test_tiny_fscascade_end_to_end_is_the_same_from_both_kinds(tmp_path):
+    """A real model on generated pictures: two steps and an evaluation from each kind of config."""
+    shapes.generate(output_dir=tmp_path, split="train", count=6, size=96, seed=1)
+    json_file = str(tmp_path / "annotations" / "instances_train.json")
+    images = str(tmp_path / "images" / "train")
+    values = {
+        "lazy": ["datasets.{0}.json", "datasets.{0}.images", "train.output_dir"],
+        "yaml": ["DATASETS.CUSTOM.{0}.JSON", "DATASETS.CUSTOM.{0}.IMAGES", "OUTPUT_DIR"],
+    }
+    shared = {
+        "lazy": ["train.max_iter=2", "dataloader.train.total_batch_size=2", "train.eval_period=2"],
+        "yaml": ["SOLVER.MAX_ITER=2", "SOLVER.IMS_PER_BATCH=2", "TEST.EVAL_PERIOD=2"],
+    }
+    # a yaml's warm-up is counted in iterations, a lazy one is a share of the training
+    shared["lazy"] += ["lr_multiplier.warmup_length=1.0"]
+    names = {"lazy": "FSCascade/fscascade_tiny_shapes", "yaml": None}
+    names["yaml"] = str(model_zoo.get_config_file(names["lazy"], "yaml"))
+    for kind, (json_key, images_key, output_key) in values.items():
+        command = ["--config-file", names[kind], "--device", "cpu", *shared[kind]]
+        command += [f"{output_key}={tmp_path / kind}"]
+        for slot in ("train", "val"):
+            slot = slot.upper() if kind == "yaml" else slot
+            command += [json_key.format(slot), json_file, images_key.format(slot), images]
+        assert main(command) == 0
+    one, two = (weights(tmp_path / kind) for kind in KINDS)
+    assert set(one) == set(two)
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    found = [{row["iteration"]: row for row in rows(tmp_path / kind)}[1] for kind in KINDS]
+    assert found[0]["total_loss"] == found[1]["total_loss"] > 0
+    assert found[0]["bbox/AP"] == found[1]["bbox/AP"]
