@@ -42,7 +42,7 @@ for _predictor in _heads.box_predictors:
     _predictor.box_input_shape = _pooled
 _heads.loc_head.channels = _WIDTH
 
-_steps, _batch = 700, 8
+_steps, _batch = 800, 8
 _resize = {"min_size": [160], "max_size": 160}
 dataloader = common.detection_loader(
     train="shapes_train",
