@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import sys
 from collections.abc import Callable, Iterable
+from typing import NoReturn
 
-__all__ = ["UserError", "nearest", "run_tool"]
+__all__ = ["ToolParser", "UserError", "nearest", "run_tool"]
 
 
 class UserError(Exception):
     """A mistake that the user can correct: one line with what was found, expected, and what to
     change.
     """
+
+
+class ToolParser(argparse.ArgumentParser):
+    """Report a wrong command line as one line, like every other mistake of a user."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} ({self.prog} --help shows the flags)")
 
 
 def nearest(name: str, names: Iterable[str]) -> str:

@@ -1,16 +1,15 @@
 """Print a model's parameters, multiply-accumulates and structure, by module."""
 
-import argparse
 import json
 import sys
 from pathlib import Path
 
 from d2dense import analysis, config
-from d2dense.errors import run_tool
+from d2dense.errors import ToolParser, run_tool
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = ToolParser(description=__doc__)
     parser.add_argument("--config-file", required=True, help="a path or a model-zoo name")
     parser.add_argument(
         "--tasks", nargs="+", choices=["params", "flops", "structure"], default=["params", "flops"]

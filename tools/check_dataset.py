@@ -20,13 +20,11 @@ from omegaconf import DictConfig, OmegaConf
 
 from d2dense import config
 from d2dense.data import check, datasets
-from d2dense.errors import UserError, run_tool
+from d2dense.errors import ToolParser, UserError, run_tool
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ToolParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config-file", help="config file or model-zoo name")
     parser.add_argument("--dataset", nargs="+", default=[], help="registered names")
     parser.add_argument("--kind", default="", help="coco, lvis, cityscapes or sem_seg")
@@ -40,7 +38,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--fast", action="store_true", help="read only the headers of the images")
     parser.add_argument("--workers", type=int, default=4)
     parser.add_argument("overrides", nargs="*", help="config overrides, KEY VALUE or key=value")
-    return parser.parse_args(argv)
+    return parser.parse_intermixed_args(argv)
 
 
 def wants_masks(cfg: CfgNode | DictConfig) -> bool:

@@ -26,7 +26,7 @@ import numpy as np
 from tqdm import tqdm
 
 from d2dense.data.reading import SampleError, read_image
-from d2dense.errors import UserError, run_tool
+from d2dense.errors import ToolParser, UserError, run_tool
 from d2dense.inference import (
     CocoResults,
     Predictor,
@@ -40,9 +40,7 @@ from d2dense.inference.sources import Video, frames, open_video
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ToolParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--config-file", required=True, metavar="F", help="config of either kind, or zoo name")
     add("--weights", metavar="PATH", help="checkpoint; by default the config's own")

@@ -1,20 +1,14 @@
 """Export a model to a file that runs without this project, and check the file."""
 
-import argparse
 import logging
 import sys
 
 from d2dense import config, export
-from d2dense.errors import UserError, run_tool
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise UserError(f"{message} ({self.prog} --help shows the flags)")
+from d2dense.errors import ToolParser, run_tool
 
 
 def parser():
-    result = _Parser(description=__doc__)
+    result = ToolParser(description=__doc__)
     add = result.add_argument
     add("--config-file", required=True, help="a path or a model-zoo name")
     add("--format", default="torchscript", help=", ".join(export.FORMATS))
@@ -28,7 +22,7 @@ def parser():
 
 
 def main(argv=None):
-    args = parser().parse_args(argv)
+    args = parser().parse_intermixed_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         result = export.export(

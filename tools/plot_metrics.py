@@ -1,15 +1,14 @@
 #!/usr/bin/env python
 """Draw loss, learning-rate and AP curves of one or more runs from their metrics.json to a PNG."""
 
-import argparse
 import sys
 
 from d2dense.engine.curves import draw
-from d2dense.errors import run_tool
+from d2dense.errors import ToolParser, run_tool
 
 
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = ToolParser(description=__doc__)
     parser.add_argument("runs", nargs="+", help="output folders or metrics.json files")
     parser.add_argument("--output", default="metrics.png", help="the picture to write")
     parser.add_argument(

@@ -3,7 +3,6 @@
 Every step is a command of the project that can be run alone; each is printed before it runs.
 """
 
-import argparse
 import json
 import os
 import shlex
@@ -12,7 +11,7 @@ import sys
 import time
 from pathlib import Path
 
-from d2dense.errors import UserError, run_tool
+from d2dense.errors import ToolParser, UserError, run_tool
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = "FSCascade/fscascade_tiny_shapes"
@@ -51,7 +50,7 @@ def stage_table(path):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ToolParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("output/demo"))
     args = parser.parse_args(argv)
     out, start = args.output.absolute(), time.perf_counter()

@@ -17,13 +17,11 @@ from detectron2.data import MetadataCatalog
 
 from d2dense import config
 from d2dense.data import datasets, mappers, visualize
-from d2dense.errors import UserError, run_tool
+from d2dense.errors import ToolParser, UserError, run_tool
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ToolParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--config-file", help="config file or model-zoo name")
     source.add_argument("--dataset", help="registered name")
@@ -31,7 +29,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--num", type=int, default=20, help="how many pictures")
     parser.add_argument("--scale", type=float, default=1.0, help="enlarge the pictures")
     parser.add_argument("overrides", nargs="*", help="config overrides, KEY VALUE or key=value")
-    return parser.parse_args(argv)
+    return parser.parse_intermixed_args(argv)
 
 
 def from_config(args: argparse.Namespace) -> tuple[Iterator[dict[str, Any]], str, str]:

@@ -13,7 +13,7 @@ from detectron2.utils import comm
 
 from d2dense import checkpoint, config, environment
 from d2dense.checkpoint import CheckpointFolder
-from d2dense.errors import UserError
+from d2dense.errors import ToolParser, UserError
 
 from .experiment import Experiment, experiment
 from .launch import launch
@@ -38,16 +38,9 @@ examples:
 """
 
 
-class _Parser(argparse.ArgumentParser):
-    """Report a wrong command line as one line, like every other mistake."""
-
-    def error(self, message: str):
-        raise UserError(f"{message} ({self.prog} --help shows the flags)")
-
-
 def parser() -> argparse.ArgumentParser:
     """Return the parser; flags have Detectron2's names and meaning."""
-    result = _Parser(
+    result = ToolParser(
         description="Train or evaluate the model of a config.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -17,7 +17,7 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 
 from d2dense import benchmark, config
-from d2dense.errors import run_tool
+from d2dense.errors import ToolParser, run_tool
 
 CONFIG = Path(__file__).parents[1] / "configs" / "fscascade_r50_fpn_1x.yaml"
 BASELINE = "detectron2 CascadeROIHeads"
@@ -111,7 +111,7 @@ def measure(mode: str, args: argparse.Namespace) -> list[dict]:
 
 
 def main(argv=None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ToolParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", nargs=2, type=int, default=[320, 480], metavar=("H", "W"))
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from d2dense import projects
-from d2dense.errors import run_tool
+from d2dense.errors import ToolParser, run_tool
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = ToolParser(description=__doc__)
     add = parser.add_argument
     add(
         "--results",

@@ -11,11 +11,11 @@ from pathlib import Path
 
 from d2dense import checkpoint, config
 from d2dense.engine.experiment import experiment
-from d2dense.errors import UserError, run_tool
+from d2dense.errors import ToolParser, UserError, run_tool
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = ToolParser(description=__doc__)
     add = parser.add_argument
     add("--config-file", required=True, metavar="F", help="yaml or py config, or model-zoo name")
     add("--weights", metavar="W", help="checkpoint; by default the config's")
