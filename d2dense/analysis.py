@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from detectron2.structures import Boxes, Instances
 from tabulate import tabulate
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -30,20 +33,56 @@ def detection_input(height: int, width: int, device: str = "cpu") -> list[dict[s
     return [{"image": image.to(device), "height": height, "width": width}]
 
 
+@contextmanager
+def _all_proposals(model: nn.Module) -> Iterator[None]:
+    """Let a two-stage detector see as many proposals as it takes at most, whatever its weights.
+
+    Untrained weights give a few, or a random number; the second stage's cost is proportional.
+    """
+    generator = getattr(model, "proposal_generator", None)
+    counts = getattr(generator, "post_nms_topk", None)
+    if not isinstance(counts, dict):
+        yield
+        return
+
+    def replace(module: nn.Module, args: tuple, output: Any) -> Any:
+        images = args[0]
+        boxes = [_spread_boxes(counts[False], size) for size in images.image_sizes]
+        return [each.to(images.device) for each in boxes], {}
+
+    handle = generator.register_forward_hook(replace)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _spread_boxes(count: int, size: tuple[int, int]) -> Instances:
+    """Return boxes of all positions and sizes within an image of (height, width)."""
+    numbers = torch.rand(count, 4, generator=torch.Generator().manual_seed(0))
+    low = numbers[:, :2]
+    high = low + (1 - low) * numbers[:, 2:]
+    scale = torch.tensor([size[1], size[0]] * 2)
+    proposals = Instances(size)
+    proposals.proposal_boxes = Boxes(torch.cat([low, high], dim=1) * scale)
+    proposals.objectness_logits = torch.zeros(count)
+    return proposals
+
+
 @torch.no_grad()
 def count_macs(model: nn.Module, inputs: Any) -> dict[str, int]:
     """Return the multiply-accumulates of one forward pass under each module name; ``""`` is the
     whole model.
 
     Counted are convolutions, matrix products and attention, in eval mode; normalisation,
-    activations, resampling, RoIAlign and NMS are not. Detectors run on as many proposals as the
-    input produces.
+    activations, resampling, RoIAlign and NMS are not. A two-stage detector gets its largest number
+    of proposals; a mask branch runs on the detections that the weights give.
     """
     was_training = model.training
     counter = FlopCounterMode(display=False)
     model.eval()
     try:
-        with counter:
+        with _all_proposals(model), counter:
             model(inputs)
     finally:
         model.train(was_training)
@@ -56,6 +95,11 @@ def count_macs(model: nn.Module, inputs: Any) -> dict[str, int]:
             table[""] = sum(operators.values()) // 2
         else:
             table[name.removeprefix(f"{root}.")] = sum(operators.values()) // 2
+    for name, module in reversed(list(model.named_modules())):
+        # a container whose forward is never called costs what its children cost
+        parts = [f"{name}.{child}" for child, _ in module.named_children()]
+        if name not in table and any(part in table for part in parts):
+            table[name] = sum(table.get(part, 0) for part in parts)
     return table
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import logging
 import sys
+import warnings
 from collections.abc import Callable, Iterable
 from typing import NoReturn
 
@@ -15,6 +17,9 @@ class UserError(Exception):
     """A mistake that the user can correct: one line with what was found, expected, and what to
     change.
     """
+
+    def __init__(self, message: str):
+        super().__init__(" ".join(str(message).split()))
 
 
 class ToolParser(argparse.ArgumentParser):
@@ -36,8 +41,15 @@ def run_tool(main: Callable[[], int | None]) -> int:
     """Run a tool's ``main`` and return its exit code; a :class:`UserError` is one line on stderr
     and code 2.
     """
+    _quiet_known_warnings()
     try:
         return main() or 0
     except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 2
+
+
+def _quiet_known_warnings() -> None:
+    """Leave out what PyTorch says of Detectron2's own code, which a user cannot change."""
+    warnings.filterwarnings("ignore", message=r"torch\.meshgrid")
+    logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)

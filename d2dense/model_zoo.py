@@ -4,7 +4,9 @@ that project.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -18,6 +20,7 @@ _SUFFIX = {"lazy": ".py", "yaml": ".yaml"}
 
 def list_models(kind: str | None = None) -> list[str]:
     """Return every model name, sorted; with ``kind`` only those that have a config of that kind."""
+    _check_kind(kind)
     suffixes = [_SUFFIX[kind]] if kind else list(_SUFFIX.values())
     return sorted(
         {
@@ -35,8 +38,7 @@ def get_config_file(name: str, kind: str | None = None) -> Path:
     Raises:
         UserError: an unknown name (with the nearest known one), or no config of that kind.
     """
-    if kind is not None and kind not in _SUFFIX:
-        raise UserError(f"config kind {kind!r}, expected 'lazy' or 'yaml'")
+    _check_kind(kind)
     if name not in list_models():
         raise UserError(f"unknown model {name!r}{nearest(name, list_models())}")
     project, _, stem = name.partition("/")
@@ -59,15 +61,30 @@ def get_model(name: str, weights: str | None = None, device: str = "cpu", **over
         name: one of :func:`list_models`.
         weights: checkpoint to load; None keeps the fresh initialisation.
         device: where the model goes.
-        **overrides: config changes with ``__`` for dots, e.g. ``model__roi_heads__num_classes=3``.
+        **overrides: config changes, with ``__`` for dots (``model__roi_heads__num_classes=3``) or
+            as nested dicts (``model={"roi_heads": {"num_classes": 3}}``).
 
     Raises:
         UserError: an unknown name or key, or weights that do not fit.
     """
-    items = [f"{key.replace('__', '.')}={value}" for key, value in overrides.items()]
+    items = [f"{key}={value}" for key, value in _flat(overrides)]
     model = config.build_model(config.load(name, items), device=device)
     if weights is not None:
         from d2dense.checkpoint import load_weights  # needs the engine's dependencies
 
-        load_weights(model, weights)
+        load_weights(model, weights).require_complete()
     return model.eval()
+
+
+def _check_kind(kind: str | None) -> None:
+    if kind is not None and kind not in _SUFFIX:
+        raise UserError(f"config kind {kind!r}, expected 'lazy' or 'yaml'")
+
+
+def _flat(changes: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in changes.items():
+        name = prefix + key.replace("__", ".")
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{name}.")
+        else:
+            yield name, value

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from d2dense import analysis, config
-from d2dense.errors import ToolParser, run_tool
+from d2dense.errors import ToolParser, UserError, run_tool
 
 
 def main(argv=None):
@@ -19,6 +19,8 @@ def main(argv=None):
     parser.add_argument("--json", type=Path, help="also write the whole report here")
     parser.add_argument("overrides", nargs="*", help="KEY VALUE or key=value")
     args = parser.parse_intermixed_args(argv)
+    if min(args.input_size) < 1:
+        raise UserError(f"--input-size is {args.input_size}, expected two positive numbers")
     model = config.build_model(config.load(args.config_file, args.overrides), device="cpu")
     report = analysis.analyze(model, tasks=args.tasks, input_size=tuple(args.input_size))
     print(analysis.format_report(report, depth=args.depth))

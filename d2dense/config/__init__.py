@@ -3,12 +3,13 @@ saved alike.
 """
 
 from .defaults import add_d2dense_config, get_cfg
-from .loading import apply, build_model, dump, kind_of, load, resolve_device, save
+from .loading import apply, build_model, check_device, dump, kind_of, load, resolve_device, save
 
 __all__ = [
     "add_d2dense_config",
     "apply",
     "build_model",
+    "check_device",
     "dump",
     "get_cfg",
     "kind_of",

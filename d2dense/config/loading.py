@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 import yaml
+from detectron2 import modeling
 from detectron2.config import CfgNode, LazyConfig, instantiate
 from detectron2.modeling import META_ARCH_REGISTRY
 from omegaconf import DictConfig, OmegaConf
@@ -19,7 +22,11 @@ from . import lazy, overrides
 from .defaults import get_cfg
 from .text import to_yaml
 
-__all__ = ["build_model", "dump", "kind_of", "load", "resolve_device", "save"]
+__all__ = ["build_model", "check_device", "dump", "kind_of", "load", "resolve_device", "save"]
+
+# What fvcore's registries say of a name that nobody registered.
+_UNREGISTERED = re.compile(r"No object named '(.+)' found in '(.+)' registry!")
+_REGISTRIES = [value for name, value in vars(modeling).items() if name.endswith("_REGISTRY")]
 
 
 def load(path_or_name: str | Path, overrides: Sequence[str] = ()) -> CfgNode | DictConfig:
@@ -88,6 +95,12 @@ def _load_python(path: Path) -> DictConfig:
         raise UserError(
             f"config {path} cannot be loaded: it imports {error}, which is defined nowhere"
         ) from error
+    except Exception as error:  # a config is the user's own code and may raise anything
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        raise UserError(
+            f"config {path} cannot be loaded: {type(error).__name__}: {error} "
+            f"({place.filename}, line {place.lineno})"
+        ) from error
     if "model" not in cfg:
         raise UserError(
             f"config {path} defines no 'model'; a lazy config needs model, dataloader, optimizer, "
@@ -98,9 +111,11 @@ def _load_python(path: Path) -> DictConfig:
 
 def _load_yaml(path: Path) -> dict:
     try:
-        data = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"config {path} is not plain yaml: {error}") from None
+    except OSError as error:
+        raise UserError(f"config {path} cannot be read: {error.strerror}") from None
     if not isinstance(data, dict):
         raise UserError(f"config {path} holds {type(data).__name__}, expected a mapping of keys")
     return data
@@ -160,6 +175,21 @@ def resolve_device(device: str) -> str:
     return device
 
 
+def check_device(device: str) -> str:
+    """Return ``device`` if it exists on this machine.
+
+    Raises:
+        UserError: an unknown device, or CUDA where there is none.
+    """
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        raise UserError(f"device {device!r} does not exist; use cpu or cuda") from None
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"device {device!r} was asked for, but there is no GPU here; use cpu")
+    return device
+
+
 def build_model(cfg: CfgNode | DictConfig, device: str | None = None) -> nn.Module:
     """Build the model of a config, with fresh weights, in training mode.
 
@@ -169,8 +199,11 @@ def build_model(cfg: CfgNode | DictConfig, device: str | None = None) -> nn.Modu
         GPU.
 
     Raises:
-        UserError: an unknown meta-architecture, or a class count still to be taken from the data.
+        UserError: an unknown device or module name, or a class count still to be taken from the
+            data.
     """
+    if device is not None:
+        check_device(device)
     if kind_of(cfg) == "lazy":
         device = device or resolve_device(str(OmegaConf.select(cfg, "train.device") or "cuda"))
         auto = [k for k, v in lazy.walk(cfg.model) if overrides.is_class_count(k) and v == "auto"]
@@ -186,13 +219,18 @@ def build_model(cfg: CfgNode | DictConfig, device: str | None = None) -> nn.Modu
     cfg = cfg.clone()
     cfg.defrost()
     cfg.MODEL.DEVICE = device
-    name = cfg.MODEL.META_ARCHITECTURE
-    if name not in META_ARCH_REGISTRY:
-        known = [key for key, _ in META_ARCH_REGISTRY]
+    try:
+        return META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)(cfg).to(device)
+    except KeyError as error:
+        unknown = _UNREGISTERED.fullmatch(str(error.args[0]))
+        if unknown is None:
+            raise
+        name, registry = unknown.groups()
+        known = [key for r in _REGISTRIES if r._name == registry for key, _ in r]
         raise UserError(
-            f"MODEL.META_ARCHITECTURE = {name!r} is not registered{nearest(name, known)}"
-        )
-    return META_ARCH_REGISTRY.get(name)(cfg).to(device)
+            f"the config names {name!r}, which is not in the registry {registry}"
+            f"{nearest(name, known)}"
+        ) from None
 
 
 def _value(cfg: CfgNode, key: str):

@@ -146,6 +146,15 @@ def apply_lazy(cfg: DictConfig, overrides: Iterable[tuple[str, str]]) -> None:
         _check_lazy_key(cfg, key)
         value = parse_value(text)
         old = OmegaConf.select(cfg, key, throw_on_missing=False)
+        if (
+            isinstance(old, DictConfig)
+            and isinstance(value, (str, int, float))
+            and not (isinstance(value, str) and value.startswith("${"))
+        ):
+            raise UserError(
+                f"{key} = {value!r}, but {key} is a node with keys {', '.join(map(str, old))}; "
+                f"set one of them, such as {key}.{next(iter(old), 'key')}"
+            )
         numeric = isinstance(old, (bool, int, float))
         free = isinstance(value, str) and (
             value.startswith("${") or (value == "auto" and is_class_count(key))

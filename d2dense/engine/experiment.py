@@ -26,19 +26,22 @@ from .settings import RunSettings
 __all__ = ["Experiment", "LazyExperiment", "YamlExperiment", "experiment"]
 
 
-def experiment(cfg: CfgNode | DictConfig, *, device: str | None = None) -> Experiment:
+def experiment(
+    cfg: CfgNode | DictConfig, *, device: str | None = None, training: bool = True
+) -> Experiment:
     """Return the adapter for ``cfg``, after registering its datasets and settling its class counts.
 
     Args:
         cfg: what :func:`d2dense.config.load` returns; a copy is kept, so the caller's stays as it
         is.
         device: replaces the config's device.
+        training: whether the training sets are used; without, only the test sets' classes count.
 
     Raises:
         UserError: datasets, class counts or settings that do not fit together.
     """
     adapter = LazyExperiment if config.kind_of(cfg) == "lazy" else YamlExperiment
-    return adapter(cfg, device=device)
+    return adapter(cfg, device=device, training=training)
 
 
 class Experiment(abc.ABC):
@@ -49,11 +52,17 @@ class Experiment(abc.ABC):
         settings: what the trainer reads.
     """
 
-    def __init__(self, cfg: CfgNode | DictConfig, *, device: str | None = None) -> None:
+    def __init__(
+        self, cfg: CfgNode | DictConfig, *, device: str | None = None, training: bool = True
+    ) -> None:
         self.cfg = copy.deepcopy(cfg)
         self._use_custom_datasets()
+        train_names = self.train_names
+        if not training:
+            self._set_train_names([])
         self.cfg = classes.resolve_class_counts(self.cfg)
-        self._set_device(device)
+        self._set_train_names(train_names)
+        self._set_device(None if device is None else config.check_device(device))
         self.settings = self._read_settings()
 
     def build_model(self) -> nn.Module:
@@ -96,6 +105,9 @@ class Experiment(abc.ABC):
 
     @abc.abstractmethod
     def _use_custom_datasets(self) -> None: ...
+
+    @abc.abstractmethod
+    def _set_train_names(self, names: list[str]) -> None: ...
 
     @abc.abstractmethod
     def _read_settings(self) -> RunSettings: ...
@@ -221,6 +233,9 @@ class YamlExperiment(Experiment):
             tuple, _custom_names(self.cfg.DATASETS.CUSTOM, self.train_names, self.test_names)
         )
 
+    def _set_train_names(self, names: list[str]) -> None:
+        self.cfg.DATASETS.TRAIN = tuple(names)
+
     def _set_device(self, device: str | None) -> None:
         self.cfg.MODEL.DEVICE = device or config.resolve_device(self.cfg.MODEL.DEVICE)
 
@@ -324,6 +339,10 @@ class LazyExperiment(Experiment):
         train, test = _custom_names(slots, self.train_names, self.test_names)
         OmegaConf.update(self.cfg, "dataloader.train.dataset.names", train)
         OmegaConf.update(self.cfg, "dataloader.test.dataset.names", test)
+
+    def _set_train_names(self, names: list[str]) -> None:
+        if OmegaConf.select(self.cfg, "dataloader.train.dataset") is not None:
+            OmegaConf.update(self.cfg, "dataloader.train.dataset.names", names, force_add=True)
 
     def _set_device(self, device: str | None) -> None:
         # configs written for Detectron2's own lazy launcher leave some run settings out

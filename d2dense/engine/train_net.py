@@ -64,14 +64,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     # opened here too, so that a wrong config is one message and not one per process
     cfg = config.load(args.config_file, args.overrides)
     if args.device is None:
-        args.device = _device(cfg)
+        device = _device(cfg)
+        # several GPUs were asked for: without them it is a mistake, not a run on the CPU
+        args.device = device if args.num_gpus > 1 else config.resolve_device(device)
+    elif args.num_gpus == 1:
+        config.check_device(args.device)
     launch(run, args)
     return 0
 
 
 def run(args: argparse.Namespace) -> dict[str, dict]:
     """Do one process's part: train, or evaluate with ``--eval-only``; return the last results."""
-    exp = experiment(config.load(args.config_file, args.overrides), device=args.device)
+    cfg = config.load(args.config_file, args.overrides)
+    exp = experiment(cfg, device=args.device, training=not args.eval_only)
     _setup(exp, args)
     if args.eval_only:
         return _evaluate(exp, resume=args.resume)
@@ -79,8 +84,9 @@ def run(args: argparse.Namespace) -> dict[str, dict]:
 
 
 def _device(cfg) -> str:
-    device = cfg.train.get("device", "cuda") if config.kind_of(cfg) == "lazy" else cfg.MODEL.DEVICE
-    return config.resolve_device(str(device))
+    if config.kind_of(cfg) == "lazy":
+        return str((cfg.get("train") or {}).get("device", "cuda"))
+    return str(cfg.MODEL.DEVICE)
 
 
 def _setup(exp: Experiment, args: argparse.Namespace) -> None:

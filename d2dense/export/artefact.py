@@ -122,7 +122,7 @@ def evaluate_exported(
     from d2dense.engine.experiment import experiment
     from d2dense.evaluation import evaluate
 
-    run = experiment(cfg, device=device)
+    run = experiment(cfg, device=device, training=False)
     model = load(path, device=device)
     names = run.test_names
     if not names:

@@ -134,7 +134,7 @@ def _resolve(cfg: CfgNode | DictConfig, device: str | None):
     names stay unknown.
     """
     try:
-        run = experiment(cfg, device=device)
+        run = experiment(cfg, device=device, training=False)
     except UserError as error:
         logger.warning("class names are unknown: %s", error)
         return (cfg, *_settings(cfg, device), [])

@@ -183,6 +183,41 @@ def test_import_of_a_missing_name_is_one_line(tmp_path):
         config.load(tmp_path / "child.py")
 
 
+def test_any_error_of_a_config_is_one_line_with_its_place(tmp_path):
+    path = tmp_path / "wrong.py"
+    path.write_text("model = {}\nx = undefined_name\n")
+    with pytest.raises(UserError, match=r"NameError.*undefined_name.*line 2"):
+        config.load(path)
+
+
+def test_unreadable_yaml_is_one_line(tmp_path):
+    for content in (b"\xff\xfe\x00", b"a: [1,\nb: {"):
+        (tmp_path / "wrong.yaml").write_bytes(content)
+        with pytest.raises(UserError, match=r"not plain yaml") as error:
+            config.load(tmp_path / "wrong.yaml")
+        assert "\n" not in str(error.value)
+
+
+def test_a_value_does_not_replace_a_node(lazy_file):
+    with pytest.raises(UserError, match=r"optimizer\.lr"):
+        config.load(lazy_file, ["optimizer=sgd"])
+    assert config.load(lazy_file, ["optimizer=null"]).optimizer is None
+
+
+@pytest.mark.parametrize(
+    ("item", "nearest"),
+    [
+        ("MODEL.ROI_HEADS.NAME=FSCascadeROIHead", "FSCascadeROIHeads"),
+        ("MODEL.BACKBONE.NAME=build_resnet_fpn_backbon", "build_resnet_fpn_backbone"),
+        ("MODEL.META_ARCHITECTURE=GeneralisedRCNN", "GeneralizedRCNN"),
+    ],
+)
+def test_unregistered_names_suggest_the_nearest(repo_root, item, nearest):
+    path = repo_root / "projects/FSCascade/configs/fscascade_tiny_shapes.yaml"
+    with pytest.raises(UserError, match=f"did you mean '{nearest}'"):
+        config.build_model(config.load(path, [item]))
+
+
 def test_lambda_in_a_lazy_config_is_refused_on_saving(tmp_path):
     path = tmp_path / "with_lambda.py"
     path.write_text(

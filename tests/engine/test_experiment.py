@@ -98,6 +98,16 @@ def test_accumulation_splits_the_batch(kind, own_data, repo_root):
         run.build_train_loader()
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_evaluation_alone_looks_at_the_test_sets_only(kind, own_data, repo_root):
+    cfg = load(kind, repo_root, [*custom(kind, "val", own_data), *AUTO[kind]])
+    with pytest.raises(UserError, match="different classes"):
+        experiment(cfg, device="cpu")
+    run = experiment(cfg, device="cpu", training=False)
+    assert run.build_model().roi_heads.num_classes == 3
+    assert run.train_names == ["shapes_train"]
+
+
 def test_both_kinds_are_told_the_same(repo_root):
     """Settings, schedule and optimizer of one model; the data of shapes is not read for it."""
     runs = [experiment(load(kind, repo_root), device="cpu") for kind in KINDS]

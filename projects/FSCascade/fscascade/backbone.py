@@ -11,6 +11,8 @@ from detectron2.modeling.backbone.fpn import FPN, LastLevelMaxPool
 from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem, ResNet
 from torch import nn
 
+from d2dense.errors import UserError
+
 __all__ = ["basic_stages", "build_basic_resnet_fpn_backbone"]
 
 _BLOCKS = {10: (1, 1, 1, 1), 18: (2, 2, 2, 2), 34: (3, 4, 6, 3)}
@@ -26,6 +28,9 @@ def basic_stages(
         stem_channels: channels that enter res2
         res2_channels: channels of res2
     """
+    if depth not in _BLOCKS:
+        known = ", ".join(map(str, _BLOCKS))
+        raise UserError(f"a basic ResNet of depth {depth} does not exist; expected one of {known}")
     stages, channels = [], stem_channels
     for k, blocks in enumerate(_BLOCKS[depth]):
         out_channels = res2_channels * 2**k

@@ -30,7 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     from fscascade.stage_evaluation import evaluate_stages  # found once the projects are known
 
-    exp = experiment(config.load(args.config_file, args.overrides), device=args.device)
+    cfg = config.load(args.config_file, args.overrides)
+    exp = experiment(cfg, device=args.device, training=False)
     weights = args.weights or exp.settings.init_checkpoint
     if not weights:
         raise UserError("stages are evaluated of trained weights: give --weights FILE")

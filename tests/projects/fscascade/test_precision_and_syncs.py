@@ -20,7 +20,12 @@ class OpCounter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.total += 1
-        self.waiting += str(func).startswith(self.WAITING)
+        # a boolean mask as an index is a nonzero in disguise
+        masked = str(func).startswith("aten.index") and any(
+            isinstance(index, torch.Tensor) and index.dtype in (torch.bool, torch.uint8)
+            for index in (args[1] if isinstance(args[1], (list, tuple)) else ())
+        )
+        self.waiting += masked or str(func).startswith(self.WAITING)
         return func(*args, **(kwargs or {}))
 
 
@@ -34,6 +39,13 @@ def box_loss_ops(num_images: int, **settings) -> OpCounter:
         with OpCounter() as counter:
             box_losses(heads, b.features(num_images), labelled, gt)
     return counter
+
+
+def test_the_counter_sees_what_waits():
+    x = torch.arange(4)
+    with OpCounter() as counter:
+        x[x > 1], x.nonzero(), x[torch.tensor([0])]
+    assert counter.waiting == 2
 
 
 @pytest.mark.parametrize("settings", [{}, {"cfs": False, "lfs": False}, {"lfs_mode": "cached"}])
