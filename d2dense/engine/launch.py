@@ -169,6 +169,9 @@ def _worker(local_rank: int, main, args: Namespace, world_size: int, init_method
         local_size=args.num_gpus,
         init_method=init_method,
     )
+    if "OMP_NUM_THREADS" not in os.environ:
+        # as torchrun does: processes that each take every core slow all of them down many times
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // place.local_size))
     try:
         with _ProcessGroup(place, args.device):
             main(args)

@@ -130,6 +130,13 @@ def test_all_processes_stop_early_together_and_unused_parameters_are_no_obstacle
     assert notes(tmp_path) == [2, 2]
 
 
+def test_cpu_processes_share_the_cores(tmp_path, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    launch(workers.count_threads, workers.arguments(output_dir=str(tmp_path)))
+    counts = [int((tmp_path / f"threads{rank}").read_text()) for rank in (0, 1)]
+    assert counts == [max(1, os.cpu_count() // 2)] * 2
+
+
 def test_a_users_mistake_in_a_process_is_one_user_error():
     with pytest.raises(UserError, match=r"^found one thing, expected another$"):
         launch(workers.fail_on_the_second, workers.arguments())

@@ -8,6 +8,7 @@ import os
 import sys
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 from detectron2.utils import comm
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
@@ -86,6 +87,11 @@ def fail_on_the_second(args) -> None:
 
 def crash(args) -> None:
     raise ZeroDivisionError("a defect of the program")
+
+
+def count_threads(args) -> None:
+    """Note how many threads this process computes with."""
+    Path(args.output_dir, f"threads{comm.get_rank()}").write_text(str(torch.get_num_threads()))
 
 
 def describe(args) -> None:
