@@ -35,6 +35,8 @@ lint: setup
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .
 
+# waiting threads sleep, so that another job on the machine does not multiply the times
+bench: export OMP_WAIT_POLICY = PASSIVE
 bench: setup
 	@for script in projects/*/tools/benchmark.py; do $(PY) $$script $(BENCH_ARGS) || exit 1; done
 
