@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 from detectron2.data import detection_utils
+from detectron2.utils.file_io import PathManager
 from PIL import Image
 
 from d2dense.errors import UserError
@@ -17,23 +18,21 @@ class SampleError(UserError):
     """A sample cannot be used: its file is missing or broken, or contradicts its annotation."""
 
     def __init__(self, message: str, file_name: str = ""):
-        super().__init__(message, file_name)
+        super().__init__(message)
         self.file_name = file_name
-
-    def __str__(self) -> str:
-        return self.args[0]
 
 
 def read_image(record: dict[str, Any], image_format: str) -> np.ndarray:
     """Read a record's picture as (H, W, C) uint8, EXIF orientation applied, and note its size in
-    the record.
+    the record. Sixteen bits per channel (0 to 65535) are scaled to eight.
 
     Raises:
-        SampleError: the file is missing, broken, or not of the annotated size.
+        SampleError: the file is missing, broken, of floats or 32-bit numbers, or not of the
+            annotated size.
     """
     path = record["file_name"]
     try:
-        image = detection_utils.read_image(path, format=image_format)
+        image = _read(path, image_format)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise SampleError(f"cannot read image {path}: {error}", path) from None
     height, width = image.shape[:2]
@@ -45,6 +44,26 @@ def read_image(record: dict[str, Any], image_format: str) -> np.ndarray:
             path,
         )
     return image
+
+
+def _read(path: str, image_format: str) -> np.ndarray:
+    """As Detectron2's ``read_image``, which clips 16-bit grey at 255 and turns it white."""
+    with PathManager.open(path, "rb") as file:
+        picture = detection_utils._apply_exif_orientation(Image.open(file))
+        return detection_utils.convert_PIL_to_numpy(_to_8_bits(picture), image_format)
+
+
+def _to_8_bits(picture: Image.Image) -> Image.Image:
+    """Scale grey pictures of 16 bits; PIL itself scales those in colour as it opens them."""
+    if picture.mode == "F":
+        raise ValueError("it holds floats of unknown range; save it with 8 or 16 bits")
+    if picture.mode != "I" and not picture.mode.startswith("I;16"):
+        return picture
+    values = np.asarray(picture).astype(np.int64)
+    # a file of 16 bits may open in PIL's 32-bit mode "I", and so does one of 32
+    if values.min() < 0 or values.max() > 65535:
+        raise ValueError("it holds numbers outside 0 to 65535; save it with 8 or 16 bits")
+    return Image.fromarray(((values + 128) // 257).astype(np.uint8))
 
 
 def read_label_map(path: str) -> np.ndarray:

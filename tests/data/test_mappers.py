@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
+import cv2
 import numpy as np
 import pycocotools.mask as mask_util
 import pytest
@@ -16,7 +18,7 @@ from PIL import Image
 from d2dense.config import get_cfg
 from d2dense.data import augmentations, mappers
 from d2dense.data.mappers import DetectionMapper, SemanticMapper
-from d2dense.data.reading import SampleError, read_label_map
+from d2dense.data.reading import SampleError, read_image, read_label_map
 from d2dense.errors import UserError
 
 WIDTH, HEIGHT = 60, 40
@@ -268,6 +270,47 @@ def test_every_kind_of_picture_becomes_three_channels(tmp_path, mode):
     assert sample["image"].shape == (3, 8, 10)
     assert sample["image"][:, 0, 9].tolist() == [255] * 3
     assert (sample["height"], sample["width"]) == (8, 10)
+
+
+@pytest.mark.parametrize("name", ["grey.png", "grey.tif", "grey.pgm", "colour.png"])
+def test_sixteen_bits_are_scaled_to_eight(tmp_path, name):
+    ramp = np.linspace(0, 65535, 8 * 10).astype(np.uint16).reshape(8, 10)
+    pixels = (
+        ramp if name.startswith("grey") else np.dstack([ramp, ramp[::-1], ramp.T.reshape(8, 10)])
+    )
+    path = str(tmp_path / name)
+    assert cv2.imwrite(path, pixels)
+    image = read_image({"file_name": path}, "BGR")
+    assert image.dtype == np.uint8
+    expected = np.broadcast_to(pixels.reshape(8, 10, -1) / 257, (8, 10, 3))
+    # in colour PIL takes the upper byte, at most one less
+    np.testing.assert_allclose(image, expected, atol=0.51 if name.startswith("grey") else 1)
+    sample = mapper(image_format="BGR")({"file_name": path, "annotations": []})
+    np.testing.assert_array_equal(sample["image"].numpy().transpose(1, 2, 0), image)
+
+
+def test_sixteen_bits_keep_their_orientation(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(np.zeros((4, 9), np.uint16)).save(tmp_path / "a.png", exif=exif)
+    assert read_image({"file_name": str(tmp_path / "a.png")}, "BGR").shape == (9, 4, 3)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "value", "message"),
+    [
+        (np.float32, 0.5, "floats"),
+        (np.int32, 70000, "outside 0 to 65535"),
+        (np.int32, -1, "outside"),
+    ],
+)
+def test_pictures_of_unknown_range_are_named(tmp_path, dtype, value, message):
+    path = tmp_path / "deep.tif"
+    Image.fromarray(np.full((4, 5), value, dtype)).save(path)
+    with pytest.raises(SampleError, match=rf"deep\.tif: it holds .*{message}") as caught:
+        read_image({"file_name": str(path)}, "BGR")
+    again = pickle.loads(pickle.dumps(caught.value))  # as between a loader's processes
+    assert (str(again), again.file_name) == (str(caught.value), str(path))
 
 
 def test_bgr_is_the_reverse_of_rgb(record):

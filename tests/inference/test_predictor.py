@@ -204,6 +204,15 @@ def test_bad_pictures_are_one_line(tiny_cfg, bad):
         Predictor(tiny_cfg)(bad)
 
 
+def test_sixteen_bit_files_look_like_their_eight_bit_ones(tiny_cfg, picture, tmp_path):
+    grey = picture[:, :, 0]
+    cv2.imwrite(str(tmp_path / "8.png"), grey)
+    cv2.imwrite(str(tmp_path / "16.png"), grey.astype(np.uint16) * 257)
+    predictor = Predictor(tiny_cfg)
+    inputs = [predictor.preprocess(tmp_path / name)["image"] for name in ("8.png", "16.png")]
+    assert torch.equal(*inputs)
+
+
 def test_broken_file_names_the_file(tiny_cfg, tmp_path):
     path = tmp_path / "broken.jpg"
     path.write_bytes(b"\xff\xd8\xff nothing")
