@@ -5,12 +5,19 @@ from __future__ import annotations
 import argparse
 import difflib
 import logging
+import os
+import re
 import sys
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import NoReturn
 
 __all__ = ["ToolParser", "UserError", "nearest", "run_tool"]
+
+
+# A config key before '=' (a dotted path, or an upper-case name), and one followed by its value.
+_ASSIGNMENT = re.compile(r"([A-Za-z_]\w*(\.\w+)+|[A-Z][A-Z0-9_]*)=")
+_KEY = re.compile(r"[A-Z][A-Z0-9_]*(\.[A-Z0-9_]+)*")
 
 
 class UserError(Exception):
@@ -23,10 +30,67 @@ class UserError(Exception):
 
 
 class ToolParser(argparse.ArgumentParser):
-    """Report a wrong command line as one line, like every other mistake of a user."""
+    """Report a wrong command line as one line, like every other mistake of a user.
+
+    Where a tool has the positional ``overrides``, config overrides at the end of the command line
+    belong to it, even after a flag that takes a list and would swallow them. A flag named
+    ``--opts`` keeps its own.
+    """
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} ({self.prog} --help shows the flags)")
+
+    def parse_known_intermixed_args(
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        args = list(sys.argv[1:] if args is None else args)
+        start = self._overrides_start(args)
+        namespace, rest = super().parse_known_intermixed_args(args[:start], namespace)
+        if start < len(args):
+            namespace.overrides = [*namespace.overrides, *args[start:]]
+        return namespace, rest
+
+    def _overrides_start(self, args: list[str]) -> int:
+        """Return where the overrides that end the command line start, or its length."""
+        if not any(action.dest == "overrides" for action in self._get_positional_actions()):
+            return len(args)
+        flags = [i for i, arg in enumerate(args) if re.match(r"--|-[A-Za-z]", arg)]
+        if not flags:
+            return len(args)  # nothing that could swallow them
+        count = self._values_needed(args[flags[-1]])
+        if count is None:
+            return len(args)
+        starts = range(flags[-1] + 1 + count, len(args))
+        return next((i for i in starts if _are_overrides(args[i:])), len(args))
+
+    def _values_needed(self, flag: str) -> int | None:
+        """Return how many values a flag must keep; None for ``--opts``, ``--`` and unknown ones."""
+        name, has_value, _ = flag.partition("=")
+        known = self._option_string_actions
+        names = [name] if name in known else [n for n in known if n.startswith(name)]
+        actions = {id(known[n]): known[n] for n in names}
+        if flag == "--" or len(actions) != 1:
+            return None
+        (action,) = actions.values()
+        if action.dest == "opts":
+            return None
+        if has_value or action.nargs in ("?", "*"):
+            return 0
+        return action.nargs if isinstance(action.nargs, int) else 1
+
+
+def _are_overrides(words: Sequence[str]) -> bool:
+    """Whether all words are config overrides, the first one certainly and none a file's name."""
+    index = 0
+    while index < len(words):
+        word = words[index]
+        if _ASSIGNMENT.match(word) and not os.path.exists(word):
+            index += 1
+        elif _KEY.fullmatch(word) and ("." in word or index) and index + 1 < len(words):
+            index += 2
+        else:
+            return False
+    return True
 
 
 def nearest(name: str, names: Iterable[str]) -> str:

@@ -57,3 +57,14 @@ def test_tool_writes_json_for_both_kinds(tmp_path, capsys):
         totals.append((report["params"], report["macs"]))
     assert totals[0] == totals[1]
     assert "whole model" in capsys.readouterr().out
+
+
+def test_overrides_after_the_list_of_tasks(tmp_path):
+    path = tmp_path / "report.json"
+    name = "projects/FSCascade/configs/cascade_rcnn_tiny_shapes.yaml"
+    counts = []
+    for change in (["MODEL.ROI_HEADS.NUM_CLASSES", "7"], ["MODEL.ROI_HEADS.NUM_CLASSES=8"]):
+        argv = ["--config-file", name, "--json", str(path), "--tasks", "params", *change]
+        analyze_model.main(argv)
+        counts.append(json.loads(path.read_text())["params"])
+    assert counts[0] < counts[1]

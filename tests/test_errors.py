@@ -27,6 +27,53 @@ def test_wrong_flag_is_a_user_error():
         ToolParser().parse_args(["--colour"])
 
 
+def overrides_parser() -> ToolParser:
+    parser = ToolParser()
+    parser.add_argument("--config-file")
+    parser.add_argument("--many", nargs="+", default=[])
+    parser.add_argument("--size", nargs=2, type=int)
+    parser.add_argument("--on", action="store_true")
+    parser.add_argument("overrides", nargs="*")
+    return parser
+
+
+@pytest.mark.parametrize(
+    ("line", "many", "overrides"),
+    [
+        ("--many x model.a=1 B.C=2", "x", "model.a=1 B.C=2"),
+        ("--many x B.C 2 OUTPUT_DIR out", "x", "B.C 2 OUTPUT_DIR out"),
+        ("--many x B.C -2", "x", "B.C -2"),
+        ("A.B 1 --many x c.d=2", "x", "A.B 1 c.d=2"),
+        ("--man x c.d=2", "x", "c.d=2"),  # argparse takes a flag's beginning
+        ("--many=x c.d=2", "x", "c.d=2"),
+        ("--many a.b=1", "a.b=1", ""),  # the flag keeps the value that it needs
+        ("--many CAR DOG", "CAR DOG", ""),  # names, as no dot says otherwise
+        ("--many x name=y", "x name=y", ""),
+        ("--many x a/b.c=1", "x a/b.c=1", ""),
+        ("--many x A.B", "x A.B", ""),  # no value
+        ("--many x model.a=1 --on", "x model.a=1", ""),  # not at the end
+        ("--many x --on A.B 1", "x", "A.B 1"),
+        ("--many x --size 3 4 A.B 1", "x", "A.B 1"),
+    ],
+)
+def test_overrides_at_the_end_are_not_swallowed_by_a_list(line, many, overrides):
+    args = overrides_parser().parse_intermixed_args(line.split())
+    assert (args.many, args.overrides) == (many.split(), overrides.split())
+
+
+def test_a_file_that_looks_like_an_override_stays_an_input(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "shot.a=1.jpg").touch()
+    args = overrides_parser().parse_intermixed_args(["--many", "x.jpg", "shot.a=1.jpg"])
+    assert (args.many, args.overrides) == (["x.jpg", "shot.a=1.jpg"], [])
+
+
+def test_a_parser_without_overrides_keeps_every_value():
+    parser = ToolParser()
+    parser.add_argument("--many", nargs="+")
+    assert parser.parse_intermixed_args(["--many", "x", "a.b=1"]).many == ["x", "a.b=1"]
+
+
 def test_nearest_names_close_words_only():
     assert nearest("lamda", ["lambda", "mu"]) == "; did you mean 'lambda'?"
     assert nearest("xyz", ["lambda", "mu"]) == ""

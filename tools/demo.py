@@ -4,8 +4,7 @@
   tools/demo.py --config-file FSCascade/fscascade_tiny_shapes --weights model_final.pth \\
       --input photos/ 'more/**/*.jpg' clip.mp4 --output output/predictions
 
-Config overrides (KEY VALUE or key=value) go to the end, after --output or another flag that takes
-one value, or follow --opts.
+Config overrides (KEY VALUE or key=value) go to the end, or follow --opts.
 
 Written to the output folder: every picture and video with its predictions drawn, label maps of
 semantic models as PNG (``labels/``), and ``predictions.json``. The exit code is 1 if an input could
@@ -57,7 +56,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_intermixed_args(argv)
     args.overrides += args.opts
     if not 0 <= args.confidence_threshold <= 1:
-        raise UserError(f"--confidence-threshold {args.confidence_threshold} is not within 0 to 1")
+        raise UserError(f"score threshold {args.confidence_threshold} is not within 0 to 1")
     if args.top_k is not None and args.top_k < 1:
         raise UserError(f"--top-k {args.top_k}: at least 1 instance must be kept")
     return args
@@ -178,7 +177,9 @@ class Demo:
 
     def _fail(self, message: str) -> None:
         self.failures.append(message)
-        tqdm.write(f"error: {message}", file=sys.stderr)
+        # a terminal clears the progress bar for the message; in a log file the bar stays before it
+        start = "" if sys.stderr.isatty() else "\n"
+        tqdm.write(f"{start}error: {message}", file=sys.stderr)
 
     def _summary(self, elapsed: float) -> int:
         count = len(self.results.images)

@@ -121,7 +121,8 @@ def test_unreadable_inputs_do_not_stop_the_others(demo, model, photo_folder, tmp
     ("flags", "message"),
     [
         (["--classes", "dics"], "did you mean 'disc'"),
-        (["--confidence-threshold", "50"], "not within 0 to 1"),
+        (["--confidence-threshold", "50"], "score threshold 50.0 is not within 0 to 1"),
+        (["--score-threshold", "5"], "error: score threshold 5.0 is not within 0 to 1"),
         (["--top-k", "0"], "--top-k 0"),
         (["--weights", "nowhere.pth"], "nowhere.pth"),
         (["--input", "nothing*.jpg"], "no file matches"),
@@ -138,6 +139,28 @@ def test_users_mistakes_are_one_line_and_exit_code_2(
     errors = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
     assert len(errors) == 1
     assert message in errors[0]
+
+
+def test_overrides_after_a_list_of_inputs_or_classes(demo):
+    flags = ["--config-file", "f", "--output", "o"]
+    args = demo.parse([*flags, "--input", "a.jpg", "b.jpg", "model.roi_heads.test_scores=stage1"])
+    assert args.input == ["a.jpg", "b.jpg"]
+    assert args.overrides == ["model.roi_heads.test_scores=stage1"]
+    words = ["MODEL.ROI_HEADS.NUM_CLASSES", "3", "SEED", "1"]
+    args = demo.parse([*flags, "--input", "a.jpg", "--classes", "CAR", "DOG", *words])
+    assert (args.classes, args.overrides) == (["CAR", "DOG"], words)
+    args = demo.parse([*flags, "--input", "a.jpg", "--opts", "a.b=1", "a.b=2"])
+    assert args.overrides == ["a.b=1", "a.b=2"]
+
+
+def test_error_lines_stand_alone_in_a_log_file(demo, model, photo_folder, tmp_path, capsys):
+    (photo_folder / "a.jpg").write_bytes(b"no picture")
+    arguments = [*model, "--input", str(photo_folder), "--output", str(tmp_path / "out")]
+    assert demo.main(arguments) == 1
+    errors = capsys.readouterr().err
+    lines = [line for line in errors.split("\n") if "a.jpg" in line]
+    assert len(lines) == 1
+    assert lines[0].startswith("error: ")
 
 
 def test_inputs_are_never_overwritten(demo, model, photo_folder, capsys):
