@@ -32,7 +32,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--images", default="", help="folder of the pictures")
     parser.add_argument("--labels", default="", help="folder of the label maps")
     parser.add_argument("--classes", default="", help="file with the class names of label maps")
-    parser.add_argument("--ignore-label", type=int, default=255)
+    parser.add_argument("--ignore-label", type=int, help="by default the class file's, or 255")
     parser.add_argument("--task", default="instance", help="cityscapes: instance or semantic")
     parser.add_argument("--masks", action="store_true", help="masks are needed")
     parser.add_argument("--fast", action="store_true", help="read only the headers of the images")

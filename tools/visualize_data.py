@@ -29,7 +29,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--num", type=int, default=20, help="how many pictures")
     parser.add_argument("--scale", type=float, default=1.0, help="enlarge the pictures")
     parser.add_argument("overrides", nargs="*", help="config overrides, KEY VALUE or key=value")
-    return parser.parse_intermixed_args(argv)
+    args = parser.parse_intermixed_args(argv)
+    if args.num < 1:
+        raise UserError(f"--num {args.num}: at least 1 picture must be written")
+    return args
 
 
 def from_config(args: argparse.Namespace) -> tuple[Iterator[dict[str, Any]], str, str]:

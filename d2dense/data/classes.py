@@ -36,7 +36,8 @@ def dataset_classes(names: str | Sequence[str], kind: str = "thing") -> list[str
         kind: ``"thing"`` (objects) or ``"stuff"`` (semantic segmentation).
 
     Raises:
-        UserError: an unknown name, a dataset without such classes, or datasets that differ.
+        UserError: an unknown name, a dataset without such classes, or datasets that differ (custom
+            ones whose files do not exist are named first: a wrong path is the likelier mistake).
     """
     names = [names] if isinstance(names, str) else list(names)
     if not names:
@@ -45,12 +46,25 @@ def dataset_classes(names: str | Sequence[str], kind: str = "thing") -> list[str
     first = names[0]
     for name, classes in found.items():
         if classes != found[first]:
+            for custom in filter(datasets.is_custom, names):
+                datasets.ensure(custom)
             raise UserError(
                 f"datasets {first!r} and {name!r} have different classes ({_short(found[first])}; "
-                f"{_short(classes)}); train and test sets must have the same: change "
-                "DATASETS.TRAIN and DATASETS.TEST / dataloader.*.dataset.names"
+                f"{_short(classes)}); train and test sets must have the same: "
+                f"{_remedy(names, kind)}"
             )
     return found[first]
+
+
+def _remedy(names: list[str], kind: str) -> str:
+    customs = set(filter(datasets.is_custom, names))
+    if len(customs) == 1 and customs != set(names):
+        key = "json" if kind == "thing" else "labels"
+        return (
+            f"{customs.pop()!r} is the only custom set, no other slot was given: set "
+            f"datasets.val.{key} / DATASETS.CUSTOM.VAL.{key.upper()}"
+        )
+    return "change DATASETS.TRAIN and DATASETS.TEST / dataloader.*.dataset.names"
 
 
 def _known(name: str, kind: str) -> list[str] | None:

@@ -23,10 +23,11 @@ from d2dense.errors import UserError, nearest
 
 from . import cityscapes, coco_format, folders
 
-__all__ = ["DatasetSpec", "ensure", "load", "register", "register_custom"]
+__all__ = ["DatasetSpec", "ensure", "is_custom", "load", "register", "register_custom"]
 
 logger = logging.getLogger(__name__)
 
+_PREFIX = "custom_"
 _KINDS = ("coco", "lvis", "cityscapes", "sem_seg")
 _TASKS = ("instance", "semantic")
 # Metadata entries that are files or folders which must exist before a dataset is read.
@@ -45,7 +46,8 @@ class DatasetSpec:
         labels: folder of the label maps; for ``cityscapes`` a split such as ``gtFine/train``.
         classes: class names of ``sem_seg`` in the order of their numbers, or a file with them (a
             json list, or a text file with one name per line).
-        ignore_label: pixels with this number have no class (``sem_seg``).
+        ignore_label: pixels with this number have no class (``sem_seg``); None takes the
+            ``ignore_label`` of a json file of classes, or 255.
         image_suffix: ending of the pictures' names; empty takes every usual image file.
         label_suffix: ending of the label maps' names, which replaces the picture's ending.
         task: what to read from ``cityscapes``: ``instance`` or ``semantic``.
@@ -56,7 +58,7 @@ class DatasetSpec:
     images: str = ""
     labels: str = ""
     classes: str | tuple[str, ...] = ()
-    ignore_label: int = 255
+    ignore_label: int | None = None
     image_suffix: str = ""
     label_suffix: str = ".png"
     task: str = "instance"
@@ -134,11 +136,14 @@ def _cityscapes_reader(spec: DatasetSpec, where: str) -> tuple[Callable, dict[st
 
 
 def _folder_reader(spec: DatasetSpec, where: str) -> tuple[Callable, dict[str, Any]]:
+    ignore_label = spec.ignore_label
+    if ignore_label is None:
+        ignore_label = folders.ignore_label(spec.classes, where)
     metadata = {
         "image_root": spec.images,
         "sem_seg_root": spec.labels,
         "evaluator_type": "sem_seg",
-        "ignore_label": spec.ignore_label,
+        "ignore_label": ignore_label,
         "suffixes": {"image_suffix": spec.image_suffix, "label_suffix": spec.label_suffix},
     }
     if not isinstance(spec.classes, tuple):
@@ -149,7 +154,7 @@ def _folder_reader(spec: DatasetSpec, where: str) -> tuple[Callable, dict[str, A
         folders.load_semantic_folder,
         spec.images,
         spec.labels,
-        ignore_label=spec.ignore_label,
+        ignore_label=ignore_label,
         **metadata["suffixes"],
     )
     return loader, metadata
@@ -184,7 +189,7 @@ def register_custom(slots: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
         spec = _spec(entries, where)
         if not (spec.json or spec.images or spec.labels):
             continue
-        name = f"custom_{slot.lower()}"
+        name = f"{_PREFIX}{slot.lower()}"
         register(name, spec, where=where)
         registered[slot.lower()] = name
     return registered
@@ -204,6 +209,11 @@ def _spec(entries: Any, where: str) -> DatasetSpec:
         if isinstance(value, Sequence) and not isinstance(value, str) and key != "classes":
             raise UserError(f"{where}: {key} = {value!r}, expected one value")
     return DatasetSpec(**{key: value for key, value in given.items() if value is not None})
+
+
+def is_custom(name: str) -> bool:
+    """Whether ``name`` is one that :func:`register_custom` gives."""
+    return name.startswith(_PREFIX)
 
 
 def ensure(name: str) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from d2dense.errors import UserError
 
-__all__ = ["IMAGE_SUFFIXES", "class_names", "load_semantic_folder", "pair_files"]
+__all__ = ["IMAGE_SUFFIXES", "class_names", "ignore_label", "load_semantic_folder", "pair_files"]
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +42,24 @@ def class_names(classes: str | Path | tuple[str, ...], where: str) -> list[str]:
     if not names or not isinstance(names, list) or not all(isinstance(n, str) for n in names):
         raise UserError(f"{where}: class list {path} holds no list of names")
     return names
+
+
+def ignore_label(classes: str | Path | tuple[str, ...], where: str) -> int:
+    """Return the ``ignore_label`` that a json class file states beside its ``classes``, else 255.
+
+    Raises:
+        UserError: it is no number. A file that cannot be read is :func:`class_names`'s to report.
+    """
+    if isinstance(classes, tuple) or Path(classes).suffix != ".json":
+        return 255
+    try:
+        content = json.loads(Path(classes).expanduser().read_text())
+    except (OSError, ValueError):
+        return 255
+    label = content.get("ignore_label", 255) if isinstance(content, dict) else 255
+    if not isinstance(label, int) or isinstance(label, bool):
+        raise UserError(f"{where}: ignore_label in {classes} is {label!r}, expected a number")
+    return label
 
 
 def pair_files(

@@ -322,6 +322,44 @@ def test_wrong_commands_are_one_line(arguments, message):
         check_tool.main(arguments)
 
 
+def test_overrides_after_a_list_of_datasets():
+    flags = ["--config-file", "f", "--dataset", "coco_2017_val"]
+    for words in (["dataloader.train.batch_size=1"], ["SOLVER.IMS_PER_BATCH", "2"]):
+        args = check_tool.parse([*flags, *words])
+        assert (args.dataset, args.overrides) == (["coco_2017_val"], words)
+
+
+def test_the_class_file_names_the_ignore_label(tmp_path, capsys):
+    folder = tmp_path / "flat"
+    for name, values in (("images", np.zeros((4, 5, 3))), ("labels", np.full((4, 5), 9))):
+        (folder / name).mkdir(parents=True)
+        values[0] = 1
+        Image.fromarray(values.astype(np.uint8)).save(folder / name / "a.png")
+    classes = folder / "classes.json"
+    classes.write_text(json.dumps({"classes": ["road", "car"], "ignore_label": 9}))
+    flags = [f"--{name}={folder / name}" for name in ("images", "labels")]
+    assert check_tool.main([*flags, "--classes", str(classes)]) == 0
+    assert "(ignored: 9)" in capsys.readouterr().out
+    assert check_tool.main([*flags, "--classes", str(classes), "--ignore-label", "8"]) == 1
+    classes.write_text(json.dumps({"classes": ["road", "car"]}))
+    assert check_tool.main([*flags, "--classes", str(classes)]) == 1
+    classes.write_text(json.dumps({"classes": ["road", "car"], "ignore_label": "x"}))
+    with pytest.raises(UserError, match=r"ignore_label in .* is 'x'"):
+        check_tool.main([*flags, "--classes", str(classes)])
+
+
+def test_real_label_maps_pass_with_their_class_file(shared_data):
+    root = shared_data / "camvid_mini"
+    flags = ["--images", root / "images", "--labels", root / "labels"]
+    assert check_tool.main([*map(str, flags), "--classes", str(root / "classes.json")]) == 0
+
+
+@pytest.mark.parametrize("number", ["0", "-3"])
+def test_no_picture_to_draw_is_a_mistake(number):
+    with pytest.raises(UserError, match=f"--num {number}"):
+        visualize_tool.main(["--dataset", "coco_2017_val", "--num", number])
+
+
 def test_the_command_line_ends_without_a_traceback(tiny, repo_root):
     command = [sys.executable, str(repo_root / "tools/check_dataset.py"), "--images", tiny.images]
     done = subprocess.run(

@@ -67,6 +67,24 @@ def test_datasets_must_agree_and_be_of_the_right_kind(names):
         dataset_classes("custom_trian")
 
 
+@pytest.mark.parametrize("wrong", ["json", "images"])
+def test_a_missing_path_is_named_before_classes_are_compared(tiny, wrong):
+    entries = {"json": tiny.json, "images": tiny.images} | {wrong: "/nope"}
+    name = register_custom({"train": entries})["train"]
+    with pytest.raises(UserError, match=r"datasets\.train\): /nope does not exist"):
+        resolve_class_counts(lazy_config([name], ["coco_2017_val"], head="auto"))
+
+
+def test_a_custom_training_set_alone_names_the_slot_that_is_missing(names):
+    with pytest.raises(UserError, match=r"set datasets\.val\.json / DATASETS\.CUSTOM\.VAL\.JSON"):
+        resolve_class_counts(lazy_config([names["train"]], ["coco_2017_val"], head="auto"))
+    with pytest.raises(UserError, match=r"DATASETS\.CUSTOM\.VAL\.LABELS"):
+        dataset_classes([names["stuff"], "cityscapes_fine_sem_seg_val"], "stuff")
+    # the data of a built-in set may be absent
+    cfg = resolve_class_counts(lazy_config(["coco_2017_train"], ["coco_2017_val"], head="auto"))
+    assert cfg.model.head.num_classes == 80
+
+
 @pytest.mark.parametrize("architecture", ["GeneralizedRCNN", "RetinaNet", "SemanticSegmentor"])
 def test_yaml_mismatch_names_the_key_and_auto_is_resolved(names, architecture):
     semantic = architecture == "SemanticSegmentor"
