@@ -18,15 +18,33 @@ __all__ = ["ToolParser", "UserError", "nearest", "run_tool"]
 # A config key before '=' (a dotted path, or an upper-case name), and one followed by its value.
 _ASSIGNMENT = re.compile(r"([A-Za-z_]\w*(\.\w+)+|[A-Z][A-Z0-9_]*)=")
 _KEY = re.compile(r"[A-Z][A-Z0-9_]*(\.[A-Z0-9_]+)*")
+# Values that a message quotes may be of any length; what to change stands at its end.
+_LONGEST = 1500
+_END = 500
 
 
 class UserError(Exception):
     """A mistake that the user can correct: one line with what was found, expected, and what to
     change.
+
+    Attributes:
+        exit_code: of a tool that ends with this.
     """
 
+    exit_code = 2
+
     def __init__(self, message: str):
-        super().__init__(" ".join(str(message).split()))
+        super().__init__(_one_line(str(message)))
+
+
+def _one_line(message: str) -> str:
+    """Return ``message`` as one line of moderate length that any terminal or file takes."""
+    words = " ".join(message.split())
+    if len(words) > _LONGEST:
+        words = f"{words[: _LONGEST - _END]} [...] {words[-_END:]}"
+    if words.isprintable():
+        return words
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in words)
 
 
 class ToolParser(argparse.ArgumentParser):
@@ -39,6 +57,13 @@ class ToolParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} ({self.prog} --help shows the flags)")
+
+    def parse_known_args(self, args=None, namespace=None):
+        # argparse takes "--flag=--" for an empty list
+        for arg in sys.argv[1:] if args is None else args:
+            if re.fullmatch(r"--[\w-]+=--", arg):
+                self.error(f"argument {arg[:-3]}: expected a value, not '--'")
+        return super().parse_known_args(args, namespace)
 
     def parse_known_intermixed_args(
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
@@ -103,14 +128,14 @@ def nearest(name: str, names: Iterable[str]) -> str:
 
 def run_tool(main: Callable[[], int | None]) -> int:
     """Run a tool's ``main`` and return its exit code; a :class:`UserError` is one line on stderr
-    and code 2.
+    and code 2 (or what its class says).
     """
     _quiet_known_warnings()
     try:
         return main() or 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return error.exit_code
 
 
 def _quiet_known_warnings() -> None:

@@ -77,3 +77,19 @@ def test_a_parser_without_overrides_keeps_every_value():
 def test_nearest_names_close_words_only():
     assert nearest("lamda", ["lambda", "mu"]) == "; did you mean 'lambda'?"
     assert nearest("xyz", ["lambda", "mu"]) == ""
+
+
+def test_any_message_is_a_short_line_that_can_be_printed():
+    message = str(UserError("a" * 9000 + "\x1b[2J \ud800 \u2028 \0 é; set KEY"))
+    message.encode()
+    assert message.isprintable()
+    assert len(message) < 1600
+    assert message.endswith("é; set KEY")
+
+
+@pytest.mark.parametrize("parse", ["parse_args", "parse_intermixed_args"])
+def test_a_flag_without_its_value_is_no_empty_list(parse):
+    parser = ToolParser()
+    parser.add_argument("--file")
+    with pytest.raises(UserError, match="--file"):
+        getattr(parser, parse)(["--file=--"])

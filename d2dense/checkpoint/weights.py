@@ -33,7 +33,8 @@ class LoadReport:
         used: names that were loaded.
         missing: names of the model that the file lacks; they keep their values.
         unexpected: names in the file that the model lacks.
-        misshaped: (name, shape in the file, shape in the model); skipped.
+        misshaped: (name, shape in the file, shape in the model); they keep their values.
+        share: how much of the model's parameters was loaded, from 0 to 1.
     """
 
     path: str
@@ -41,32 +42,61 @@ class LoadReport:
     missing: tuple[str, ...]
     unexpected: tuple[str, ...]
     misshaped: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...]
+    share: float
 
     def log(self) -> None:
-        """Log one line of counts and one line per kind of name that was not used."""
+        """Log one line of counts and one per kind of name, and tensor, that was not used."""
         total = len(self.used) + len(self.missing) + len(self.misshaped)
-        logger.info("%s: %d of the model's %d tensors loaded", self.path, len(self.used), total)
+        logger.info(
+            "%s: %d of the model's %d tensors loaded, %.1f %% of its parameters",
+            self.path,
+            len(self.used),
+            total,
+            100 * self.share,
+        )
         for name, found, expected in self.misshaped:
-            logger.warning("skipped %s: shape %s, the model has %s", name, found, expected)
+            logger.warning(
+                "%s starts afresh: shape %s in the file, %s in the model", name, found, expected
+            )
         if self.missing:
             logger.warning("not in the file: %s", _shortened(self.missing, 20))
         if self.unexpected:
             logger.warning("not in the model: %s", _shortened(self.unexpected, 20))
+        if self.share < 0.5:
+            logger.warning(
+                "ONLY %.1f %% OF THE MODEL'S PARAMETERS come from %s, the rest is untrained; "
+                "unless it is a backbone's file, it is of another model",
+                100 * self.share,
+                self.path,
+            )
 
     def require_complete(self) -> None:
         """Raise a :class:`UserError` unless every tensor of the model was loaded."""
         if self.misshaped:
-            name, found, expected = self.misshaped[0]
-            more = f" ({len(self.misshaped)} such tensors)" if len(self.misshaped) > 1 else ""
             raise UserError(
-                f"{self.path} does not fit the model: {name} has shape {found} in the file and "
-                f"{expected} in the model{more}; use the config it was trained with (number of "
-                "classes, widths)"
+                f"{self._misshaped()}; use the config it was trained with (number of classes, "
+                "widths)"
             )
         if self.missing:
             raise UserError(
                 f"{self.path} does not fit the model: it lacks {_shortened(self.missing, 3)}; "
                 "use the config it was trained with"
+            )
+
+    def _misshaped(self) -> str:
+        shapes = [
+            f"{name} has shape {found} in the file and {expected} in the model"
+            for name, found, expected in self.misshaped
+        ]
+        return f"{self.path} does not fit the model: {_shortened(shapes, 3)}"
+
+    def require_shapes(self) -> None:
+        """Raise a :class:`UserError` where a tensor of the file has another shape in the model."""
+        if self.misshaped:
+            raise UserError(
+                f"{self._misshaped()}; make the number of classes and the widths equal, or start "
+                "exactly these tensors afresh with TRAIN.REINIT_MISSHAPED True or "
+                "train.reinit_misshaped=true"
             )
 
 
@@ -76,29 +106,41 @@ def _shortened(names: Sequence[str], limit: int) -> str:
 
 
 def load_weights(
-    model: nn.Module, path: str | os.PathLike, *, allow_pickle: bool = False
+    model: nn.Module,
+    path: str | os.PathLike,
+    *,
+    allow_pickle: bool = False,
+    reinit_misshaped: bool = True,
 ) -> LoadReport:
     """Load the weights of a checkpoint or a bare state dict into ``model`` and log a report.
-
-    Tensors whose shape differs are reported and skipped, so that a model with another number of
-    classes can be fine-tuned; :meth:`LoadReport.require_complete` makes that an error.
 
     Args:
         model: the bare model.
         path: local file or address; where a checkpoint holds averaged weights for evaluation, they
             are what is loaded.
         allow_pickle: see :func:`d2dense.checkpoint.read`.
+        reinit_misshaped: tensors of another shape (the predictors of another number of classes)
+            keep their values in ``model`` and are reported; False makes them an error before
+            anything is loaded. To evaluate, :meth:`LoadReport.require_complete` is the check.
 
     Raises:
-        UserError: missing, damaged or refused file, or not a single tensor fits.
+        UserError: missing, damaged or refused file, a tensor of another shape, or not a single
+            tensor fits.
     """
     content = files.read(path, allow_pickle=allow_pickle)
     weights = _tensors(content["model"], str(path))
     own = model.state_dict()
+    if not weights:
+        raise UserError(f"{path} holds no weights")
     if content.get("matching_heuristics"):
         caffe2 = content.get("__author__") == "Caffe2"
-        weights = align_and_update_state_dicts(own, weights, c2_conversion=caffe2)
-    if weights and all(name.startswith("module.") for name in weights):
+        try:
+            weights = align_and_update_state_dicts(own, weights, c2_conversion=caffe2)
+        except (ValueError, LookupError, AssertionError) as error:
+            raise UserError(
+                f"{path}: its names cannot be matched to the model's: {error}"
+            ) from error
+    if all(name.startswith("module.") for name in weights):
         weights = {name.removeprefix("module."): value for name, value in weights.items()}
 
     misshaped = tuple(
@@ -108,21 +150,35 @@ def load_weights(
     )
     skipped = {name for name, _, _ in misshaped}
     used = {name: value for name, value in weights.items() if name in own and name not in skipped}
-    if not used:
-        raise UserError(
-            f"{path} fits nothing in {type(model).__name__}: the file has "
-            f"{_shortened(list(weights), 3)}; the model has {_shortened(list(own), 3)}"
-        )
-    model.load_state_dict(used, strict=False)
     report = LoadReport(
         path=str(path),
         used=tuple(used),
         missing=tuple(_relevant(name for name in own if name not in weights)),
         unexpected=tuple(_relevant(name for name in weights if name not in own)),
         misshaped=misshaped,
+        share=_share(model, set(used)),
     )
+    if not reinit_misshaped:
+        report.require_shapes()
+    if not used:
+        raise UserError(
+            f"{path} fits nothing in {type(model).__name__}: the file has "
+            f"{_shortened(list(weights), 3)}; the model has {_shortened(list(own), 3)}"
+        )
+    model.load_state_dict(used, strict=False)
     report.log()
     return report
+
+
+def _share(model: nn.Module, used: set[str]) -> float:
+    """Return the loaded share of the parameters; one with several names counts once."""
+    sizes, loaded = {}, set()
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        sizes[id(parameter)] = parameter.numel()
+        if name in used:
+            loaded.add(id(parameter))
+    total = sum(sizes.values())
+    return sum(sizes[each] for each in loaded) / total if total else 1.0
 
 
 def _relevant(names) -> list[str]:
@@ -136,9 +192,13 @@ def _relevant(names) -> list[str]:
 def _tensors(weights: Mapping, path: str) -> dict[str, torch.Tensor]:
     result = {}
     for name, value in weights.items():
+        if not isinstance(name, str):
+            raise UserError(f"{path}: a weight is named {name!r}, expected a text")
         if isinstance(value, np.ndarray):
             value = torch.from_numpy(value)
         if not isinstance(value, torch.Tensor):
             raise UserError(f"{path}: {name} is a {type(value).__name__}, expected a tensor")
+        if value.layout is not torch.strided or value.is_meta:
+            raise UserError(f"{path}: {name} is a tensor without plain values ({value.layout})")
         result[name] = value
     return result

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import pickle
 from collections import OrderedDict
 from pathlib import Path
@@ -13,7 +14,7 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from d2dense import checkpoint
-from d2dense.checkpoint import CheckpointFolder, load_weights
+from d2dense.checkpoint import load_weights
 from d2dense.errors import UserError
 
 
@@ -71,10 +72,86 @@ def test_report_names_what_did_not_fit(tmp_path, caplog):
     assert report.unexpected == ("neck.weight",)
     assert report.misshaped == (("head.weight", (5, 4), (3, 4)), ("head.bias", (5,), (3,)))
     assert_loaded(net, {name: before[name] for name in ("body.bias", "head.weight", "head.bias")})
-    for words in ("1 of the model's 4", "head.weight: shape (5, 4)", "body.bias", "neck.weight"):
+    for words in (
+        "1 of the model's 4",
+        "head.weight starts afresh: shape (5, 4)",
+        "body.bias",
+        "neck.weight",
+    ):
         assert words in caplog.text
     with pytest.raises(UserError, match=r"head.weight has shape \(5, 4\).*number of classes"):
         report.require_complete()
+
+
+def test_other_shapes_are_an_error_that_says_both_ways_out(tmp_path):
+    torch.save({"model": model(classes=5).state_dict()}, tmp_path / "a.pth")
+    net = model(classes=3)
+    before = {name: value.clone() + 1 for name, value in net.state_dict().items()}
+    net.load_state_dict(before)
+    with pytest.raises(UserError) as error:
+        load_weights(net, tmp_path / "a.pth", reinit_misshaped=False)
+    for words in (
+        "head.weight has shape (5, 4) in the file and (3, 4) in the model",
+        "head.bias has shape (5,)",
+        "number of classes",
+        "TRAIN.REINIT_MISSHAPED True",
+        "train.reinit_misshaped=true",
+    ):
+        assert words in str(error.value)
+    assert_loaded(net, before)  # nothing was loaded before the error
+
+
+def test_many_other_shapes_are_counted(tmp_path):
+    layers = OrderedDict((f"layer{i}", nn.Linear(2, 3)) for i in range(4))
+    wider = OrderedDict((f"layer{i}", nn.Linear(2, 4)) for i in range(4))
+    torch.save(nn.Sequential(wider).state_dict(), tmp_path / "a.pth")
+    with pytest.raises(UserError, match=r"layer0.weight .*layer0.bias .*layer1.weight .* 5 more"):
+        load_weights(nn.Sequential(layers), tmp_path / "a.pth", reinit_misshaped=False)
+
+
+def test_shapes_that_fit_are_no_error(tmp_path):
+    state = model().state_dict()
+    torch.save({"model": state}, tmp_path / "a.pth")
+    net = model()
+    nn.init.zeros_(net.body.weight)
+    report = load_weights(net, tmp_path / "a.pth", reinit_misshaped=False)
+    assert report.share == 1.0
+    assert_loaded(net, state)
+
+
+def test_exactly_the_tensors_of_another_shape_start_afresh(tmp_path, caplog):
+    state = {name: value + 1 for name, value in model(classes=5).state_dict().items()}
+    torch.save({"model": state}, tmp_path / "a.pth")
+    net = model(classes=3)
+    fresh = {name: value.clone() for name, value in net.state_dict().items()}
+    load_weights(net, tmp_path / "a.pth", reinit_misshaped=True)
+    assert_loaded(net, {name: state[name] for name in ("body.weight", "body.bias")})
+    assert_loaded(net, {name: fresh[name] for name in ("head.weight", "head.bias")})
+    texts = [record.getMessage() for record in caplog.records]
+    assert [text.split(" ")[0] for text in texts] == ["head.weight", "head.bias"]
+
+
+@pytest.mark.parametrize(
+    ("names", "percent", "loud"),
+    [(("head.weight",), "34.3", True), (("body.weight",), "45.7", True), (None, "100.0", False)],
+)
+def test_the_loaded_share_of_the_parameters_is_told(tmp_path, caplog, names, percent, loud):
+    """4 x 4 + 4 in the body and 4 x 3 + 3 in the head: 35 parameters."""
+    state = model().state_dict()
+    torch.save({name: state[name] for name in names or state}, tmp_path / "a.pth")
+    with caplog.at_level("INFO"):
+        report = load_weights(model(), tmp_path / "a.pth")
+    assert f"tensors loaded, {percent} % of its parameters" in caplog.text
+    assert f"{100 * report.share:.1f}" == percent
+    assert ("ONLY" in caplog.text) == loud
+
+
+def test_a_shared_parameter_counts_once(tmp_path):
+    net = nn.Sequential(OrderedDict(first=nn.Linear(4, 4), second=nn.Linear(4, 4)))
+    net.second.weight = net.first.weight
+    state = {"second.weight": torch.zeros(4, 4)}
+    torch.save(state, tmp_path / "a.pth")
+    assert load_weights(net, tmp_path / "a.pth").share == pytest.approx(16 / 24)
 
 
 def test_missing_names_make_it_incomplete(tmp_path):
@@ -181,30 +258,10 @@ def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
 
     def disk_full(content, file):
         file.write(b"half")
-        raise OSError("no space left on device")
+        raise OSError(errno.ENOSPC, "no space left on device")
 
     monkeypatch.setattr(torch, "save", disk_full)
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(UserError, match=r"a.pth cannot be written \(no space"):
         checkpoint.write(path, {"model": {}})
     assert set(checkpoint.read(path)["model"]) == set(model().state_dict())
     assert [file.name for file in tmp_path.iterdir()] == ["a.pth"]
-
-
-def test_folder_names_tags_and_retention(tmp_path):
-    folder = CheckpointFolder(tmp_path / "run", keep=2)
-    assert folder.last() is None
-    content = {"model": model().state_dict()}
-    for iteration in (99, 199, 299):
-        folder.save_periodic(iteration, content)
-    folder.save("model_best", content, tag=False)
-    assert folder.last().name == "model_0000299.pth"
-    found = {file.name for file in (tmp_path / "run").iterdir()}
-    periodic = {"model_0000199.pth", "model_0000299.pth"}
-    assert found == periodic | {"model_best.pth", "last_checkpoint"}
-
-    again = CheckpointFolder(tmp_path / "run", keep=2)
-    again.adopt_periodic(until=199)
-    again.save_periodic(299, content)
-    again.save_periodic(399, content)
-    assert not (tmp_path / "run" / "model_0000199.pth").exists()
-    assert (tmp_path / "run" / "model_0000299.pth").exists()
