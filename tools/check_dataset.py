@@ -6,7 +6,8 @@
     tools/check_dataset.py --json train.json --images images/       a COCO or LVIS json
     tools/check_dataset.py --images images/ --labels labels/ --classes names.txt
 
-Exit code 0: training can start; 1: it would fail; 2: the command is wrong.
+Exit code 0: training can start; 1: there are errors, at which training would end or replace the
+sample, and evaluation would end; 2: the command is wrong.
 """
 
 from __future__ import annotations

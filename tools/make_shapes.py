@@ -12,6 +12,8 @@ from pathlib import Path
 from d2dense.data import shapes
 from d2dense.errors import ToolParser, UserError, run_tool
 
+_MOST = 10_000_000
+
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = ToolParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -46,6 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     counts = {split: count for split, count in (("train", args.train), ("val", args.val)) if count}
     if not counts:
         raise UserError("nothing to make: both --train and --val are 0")
+    if max(counts.values()) > _MOST:
+        raise UserError(f"--train and --val make at most {_MOST} pictures each")
     for split, count in counts.items():
         if args.if_missing and Path(args.output, "annotations", f"settings_{split}.json").exists():
             print(f"{args.output}: split {split} is there")

@@ -62,10 +62,10 @@ def from_dataset(args: argparse.Namespace) -> tuple[Iterator[dict[str, Any]], st
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
-    samples, name, image_format = (from_config if args.config_file else from_dataset)(args)
+    samples, name, image_format = (from_dataset if args.dataset else from_config)(args)
     metadata = MetadataCatalog.get(name)
     count = 0
-    for index, sample in enumerate(itertools.islice(samples, args.num)):
+    for index, sample in zip(range(args.num), samples):
         visualize.write_sample(
             sample, metadata, args.output, index, image_format=image_format, scale=args.scale
         )

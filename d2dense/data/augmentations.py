@@ -12,14 +12,24 @@ from collections.abc import Sequence
 import cv2
 import numpy as np
 from detectron2.data import transforms as T
-from fvcore.transforms.transform import CropTransform, PadTransform, Transform, TransformList
+from fvcore.transforms.transform import (
+    CropTransform,
+    HFlipTransform,
+    PadTransform,
+    Transform,
+    TransformList,
+)
+from PIL import Image
 
 from d2dense.errors import UserError
 
 __all__ = [
     "DETR_MIN_SIZES",
+    "JitterAndCrop",
     "PhotometricDistortion",
     "RandomCropPad",
+    "RandomFlip",
+    "ResizeShortestEdge",
     "ScaleJitter",
     "default",
     "detr",
@@ -92,24 +102,25 @@ def lsj(
     min_scale: float = 0.1,
     max_scale: float = 2.0,
     flip: str = "horizontal",
-    pad_value: float = 128.0,
+    pad_value: float | Sequence[float] = 128.0,
     ignore_label: int = 255,
 ) -> list[T.Augmentation]:
     """Large-scale jitter: random scale, then a crop of fixed size, padded on the right and bottom.
 
+    Flipping first, instead of before the padding, gives the same distribution of samples.
+
     Args:
         image_size: side of the square result.
         min_scale, max_scale: range of the scale, relative to the image fitted into the square.
-        pad_value: grey value of the padding.
+        pad_value: value of the padding, of all channels or of each. The model's pixel means become
+            zeros there when it normalises, up to the rounding to whole numbers.
         ignore_label: what the padding is in a semantic label map.
     """
     if not is_train:
         return [_fixed_resize(image_size, image_size)]
-    return [
-        *_flips(flip),
-        ScaleJitter(image_size=image_size, min_scale=min_scale, max_scale=max_scale),
-        RandomCropPad(crop_size=image_size, pad_value=pad_value, ignore_label=ignore_label),
-    ]
+    jitter = ScaleJitter(image_size=image_size, min_scale=min_scale, max_scale=max_scale)
+    crop = RandomCropPad(crop_size=image_size, pad_value=pad_value, ignore_label=ignore_label)
+    return [*_flips(flip), JitterAndCrop(jitter=jitter, crop=crop)]
 
 
 def semantic(
@@ -161,7 +172,7 @@ def _resize(
     if sample_style == "range" and len(sizes) == 1:
         sizes = sizes * 2
     limit = {} if max_size is None else {"max_size": max_size}
-    return T.ResizeShortestEdge(sizes, sample_style=sample_style, **limit)
+    return ResizeShortestEdge(sizes, sample_style=sample_style, **limit)
 
 
 def _fixed_resize(min_size: int | Sequence[int], max_size: int) -> T.Augmentation:
@@ -174,12 +185,45 @@ def _flips(flip: str) -> list[T.Augmentation]:
         raise UserError(f"flip = {flip!r}, expected 'horizontal', 'vertical' or 'none'")
     if flip == "none":
         return []
-    return [T.RandomFlip(horizontal=flip == "horizontal", vertical=flip == "vertical")]
+    return [RandomFlip(horizontal=flip == "horizontal", vertical=flip == "vertical")]
+
+
+class ResizeShortestEdge(T.ResizeShortestEdge):
+    """Detectron2's resize to the same pixels, several times faster after a crop or a flip."""
+
+    def get_transform(self, image: np.ndarray) -> Transform:
+        found = super().get_transform(image)
+        if not isinstance(found, T.ResizeTransform):
+            return found
+        return _Resize(found.h, found.w, found.new_h, found.new_w, found.interp)
+
+
+class _Resize(T.ResizeTransform):
+    def apply_image(self, image: np.ndarray, interp: int | None = None) -> np.ndarray:
+        # PIL takes a view, such as a crop, pixel by pixel
+        return super().apply_image(np.ascontiguousarray(image), interp)
+
+
+class RandomFlip(T.RandomFlip):
+    """Detectron2's flip. Its horizontal one is a view of the image, which takes numpy many times
+    longer to copy in a later step than the copy that is made here.
+    """
+
+    def get_transform(self, image: np.ndarray) -> Transform:
+        transform = super().get_transform(image)
+        return _HFlip(transform.width) if isinstance(transform, HFlipTransform) else transform
+
+
+class _HFlip(HFlipTransform):
+    def apply_image(self, image: np.ndarray) -> np.ndarray:
+        if image.dtype not in (np.uint8, np.float32):  # OpenCV knows few other types
+            return super().apply_image(image)
+        return cv2.flip(np.ascontiguousarray(image), 1).reshape(image.shape)
 
 
 class ScaleJitter(T.Augmentation):
-    """Resize so that the image fits into a square of ``image_size`` times a random scale, aspect
-    ratio kept.
+    """Resize so that the longer side becomes the whole part of ``image_size`` times a random scale,
+    aspect ratio kept.
     """
 
     def __init__(self, *, image_size: int, min_scale: float, max_scale: float):
@@ -188,10 +232,10 @@ class ScaleJitter(T.Augmentation):
 
     def get_transform(self, image: np.ndarray) -> Transform:
         height, width = image.shape[:2]
-        side = self.image_size * np.random.uniform(self.min_scale, self.max_scale)
+        side = int(self.image_size * np.random.uniform(self.min_scale, self.max_scale))
         ratio = side / max(height, width)
         new_height, new_width = (max(1, round(ratio * length)) for length in (height, width))
-        return T.ResizeTransform(height, width, new_height, new_width)
+        return _Resize(height, width, new_height, new_width)
 
 
 class RandomCropPad(T.Augmentation):
@@ -199,7 +243,13 @@ class RandomCropPad(T.Augmentation):
     and bottom.
     """
 
-    def __init__(self, *, crop_size: int, pad_value: float = 128.0, ignore_label: int = 255):
+    def __init__(
+        self,
+        *,
+        crop_size: int,
+        pad_value: float | Sequence[float] = 128.0,
+        ignore_label: int = 255,
+    ):
         super().__init__()
         self._init(locals())
 
@@ -209,7 +259,7 @@ class RandomCropPad(T.Augmentation):
         y0 = np.random.randint(height - crop_height + 1)
         x0 = np.random.randint(width - crop_width + 1)
         crop = CropTransform(x0, y0, crop_width, crop_height, width, height)
-        pad = PadTransform(
+        pad = _Pad(
             0,
             0,
             self.crop_size - crop_width,
@@ -220,6 +270,61 @@ class RandomCropPad(T.Augmentation):
             self.ignore_label,
         )
         return TransformList([crop, pad])
+
+
+class JitterAndCrop(T.Augmentation):
+    """A scale jitter followed by a crop, for which only those pixels are made that stay: of images
+    that are enlarged twofold a quarter.
+    """
+
+    def __init__(self, *, jitter: ScaleJitter, crop: RandomCropPad):
+        super().__init__()
+        self._init(locals())
+
+    def get_transform(self, image: np.ndarray) -> Transform:
+        resize = self.jitter.get_transform(image)
+        # the crop looks at nothing but the size
+        scaled = np.broadcast_to(np.uint8(0), (resize.new_h, resize.new_w))
+        return _ResizeCropPad([resize, *self.crop.get_transform(scaled).transforms])
+
+
+class _ResizeCropPad(TransformList):
+    """Three transforms in turn, except for the image, whose resize stops at the crop's borders."""
+
+    def _apply(self, x: np.ndarray, meth: str) -> np.ndarray:
+        resize, crop, pad = self.transforms
+        whole = (crop.h, crop.w) == (resize.new_h, resize.new_w)
+        if meth != "apply_image" or whole or x.dtype != np.uint8:
+            return super()._apply(x, meth)
+        across, down = resize.w / resize.new_w, resize.h / resize.new_h
+        left, top = crop.x0 * across, crop.y0 * down
+        right, bottom = left + crop.w * across, top + crop.h * down
+        box = (left, top, min(right, resize.w), min(bottom, resize.h))
+        picture = Image.fromarray(np.ascontiguousarray(x).squeeze(axis=_single_channel(x)))
+        part = np.asarray(picture.resize((crop.w, crop.h), resize.interp, box=box))
+        return pad.apply_image(part.reshape(crop.h, crop.w, *x.shape[2:]))
+
+
+def _single_channel(image: np.ndarray) -> tuple[int, ...]:
+    """Return the axes that PIL does not want: the channels, where there is one."""
+    return (2,) if image.ndim == 3 and image.shape[2] == 1 else ()
+
+
+class _Pad(PadTransform):
+    """Pads with a value for each channel, and faster than numpy does."""
+
+    def apply_image(self, image: np.ndarray) -> np.ndarray:
+        channels = image.shape[2] if image.ndim == 3 else 1
+        try:
+            value = np.broadcast_to(self.pad_value, channels).tolist()
+        except ValueError:
+            raise UserError(
+                f"INPUT.LSJ.PAD_VALUE / pad_value = {self.pad_value}: an image has {channels} "
+                "channels; give one value, or one for each"
+            ) from None
+        borders = (self.y0, self.y1, self.x0, self.x1)
+        padded = cv2.copyMakeBorder(image, *borders, cv2.BORDER_CONSTANT, value=value)
+        return padded.reshape(*padded.shape[:2], *image.shape[2:])
 
 
 class PhotometricDistortion(T.Augmentation):
@@ -294,11 +399,14 @@ class _ColorTransform(Transform):
                 else (cv2.COLOR_BGR2HSV, cv2.COLOR_HSV2BGR)
             )
             hsv = cv2.cvtColor(np.ascontiguousarray(image), to_hsv)
-            hsv[..., 1] = _scale_shift(hsv[..., 1], self.saturation, 0.0)
-            # uint8 hue counts steps of two degrees
-            hsv[..., 0] = (hsv[..., 0].astype(np.int16) + round(self.hue / 2)) % 180
-            image = cv2.cvtColor(hsv, back)
+            image = cv2.cvtColor(cv2.LUT(hsv, self._hsv_table()), back)
         return _scale_shift(image, self.contrast, 0.0) if self.contrast_last else image
+
+    def _hsv_table(self) -> np.ndarray:
+        """Return (1, 256, 3) uint8: what each value of each channel becomes."""
+        hue = (_VALUES + round(self.hue / 2)) % 180  # uint8 hue counts steps of two degrees
+        saturation = _scaled(_VALUES, self.saturation, 0.0)
+        return np.stack([hue, saturation, _VALUES], axis=-1).astype(np.uint8)[None]
 
     def apply_coords(self, coords: np.ndarray) -> np.ndarray:
         return coords
@@ -307,7 +415,15 @@ class _ColorTransform(Transform):
         return segmentation
 
 
-def _scale_shift(values: np.ndarray, scale: float, shift: float) -> np.ndarray:
+# All values of a uint8 channel: what they become is computed once for each and looked up per pixel.
+_VALUES = np.arange(256)
+
+
+def _scale_shift(image: np.ndarray, scale: float, shift: float) -> np.ndarray:
     if scale == 1.0 and shift == 0.0:
-        return values
+        return image
+    return cv2.LUT(image, _scaled(_VALUES, scale, shift))
+
+
+def _scaled(values: np.ndarray, scale: float, shift: float) -> np.ndarray:
     return np.clip(values.astype(np.float32) * scale + shift, 0, 255).astype(np.uint8)

@@ -1,7 +1,9 @@
 """Find out before training whether a dataset can be trained on: files, sizes, annotations, labels.
 
-An *error* means that training would stop or learn from wrong data; a *warning* is something that is
-handled (a box is clipped, an object left out) but hardly meant; a *note* is for information.
+An *error* is what the reader of a file refuses, so that training ends before its first step, or a
+bad sample: one that training replaces (up to a share, see :mod:`d2dense.data.samples`) and at which
+evaluation stops. A *warning* is something that is handled (a box is clipped, an object left out)
+but hardly meant; a *note* is for information.
 """
 
 from __future__ import annotations
@@ -13,13 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from detectron2.data import MetadataCatalog
-from PIL import Image
 from tabulate import tabulate
 
 from d2dense.errors import UserError
 
 from . import datasets
-from .reading import SampleError, read_image
+from .reading import SampleError, be_strict, read_image, read_size
 
 __all__ = ["ImageFile", "Report", "check_dataset", "check_images"]
 
@@ -29,13 +30,21 @@ _EXAMPLES = 5
 _MAX_ROWS = 200
 
 
+# Of build_train_loader.
+_MAX_BAD_SHARE = 0.1
+
+
 @dataclass
 class Finding:
-    """One kind of problem, with how often it occurs and the first few places."""
+    """One kind of problem, with how often it occurs and the first few places.
+
+    ``replaced`` says that it is an error of single samples, which training replaces.
+    """
 
     level: str
     title: str
     count: int = 0
+    replaced: bool = False
     examples: list[str] = field(default_factory=list)
 
 
@@ -47,6 +56,8 @@ class Report:
         name: dataset or file.
         counts: totals, by what they count.
         header, rows: a table with one row per class; the first column is the class name.
+        bad_samples: files of the samples that training would replace.
+        samples: how many images there are.
     """
 
     name: str
@@ -54,6 +65,8 @@ class Report:
     counts: dict[str, int] = field(default_factory=dict)
     header: Sequence[str] = ()
     rows: list[Sequence[Any]] = field(default_factory=list)
+    bad_samples: set[str] = field(default_factory=set)
+    samples: int = 0
 
     def add(self, level: str, title: str, example: str = "") -> None:
         """Note one occurrence of the problem ``title``."""
@@ -62,9 +75,15 @@ class Report:
         if example and len(finding.examples) < _EXAMPLES:
             finding.examples.append(example)
 
+    def add_bad_sample(self, title: str, example: str, file: str) -> None:
+        """Note an error of the sample ``file``."""
+        self.add("error", title, example)
+        self.findings[title].replaced = True
+        self.bad_samples.add(file)
+
     @property
     def ok(self) -> bool:
-        """Whether training can start."""
+        """Whether there is no error."""
         return not any(finding.level == "error" for finding in self.findings.values())
 
     def count(self, title: str) -> int:
@@ -81,8 +100,20 @@ class Report:
             for finding in self.findings.values():
                 if finding.level == level:
                     parts.append(_lines(finding))
-        parts.append("training can start" if self.ok else "training would fail: correct the errors")
-        return "\n".join(parts)
+        parts.append(self._verdict())
+        # names in a file may hold what no terminal can show
+        return "\n".join(parts).encode("utf-8", "backslashreplace").decode()
+
+    def _verdict(self) -> str:
+        if self.ok:
+            return "training can start"
+        single = all(f.replaced for f in self.findings.values() if f.level == "error")
+        if single and len(self.bad_samples) <= _MAX_BAD_SHARE * self.samples:
+            return (
+                f"training would replace {len(self.bad_samples)} of {self.samples} images by "
+                "others and go on, evaluation would fail: correct the errors"
+            )
+        return "training would fail: correct the errors"
 
     def _table(self) -> str:
         used = [row for row in self.rows if any(row[1:])]
@@ -125,6 +156,7 @@ def check_images(
         The true (height, width) of each picture, None where it cannot be read.
     """
     images = list(images)
+    be_strict()
 
     def look(image: ImageFile) -> tuple[str, str] | tuple[int, int]:
         if not Path(image.path).is_file():
@@ -132,17 +164,16 @@ def check_images(
         try:
             if decode:
                 return read_image({"file_name": image.path}, "BGR").shape[:2]
-            with Image.open(image.path) as file:
-                width, height = file.size
-            return height, width
-        except (SampleError, OSError) as error:
+            return read_size(image.path)
+        except SampleError as error:
             return "unreadable or truncated images", str(error)
 
     sizes: list[tuple[int, int] | None] = []
+    report.samples = len(images)
     with ThreadPoolExecutor(workers) as pool:
         for image, found in zip(images, pool.map(look, images)):
             if isinstance(found[0], str):
-                report.add("error", *found)
+                report.add_bad_sample(*found, image.path)
                 sizes.append(None)
                 continue
             sizes.append(found)
@@ -150,11 +181,11 @@ def check_images(
                 # header sizes do not know about EXIF rotation
                 if not decode and found == image.size[::-1]:
                     continue
-                report.add(
-                    "error",
+                report.add_bad_sample(
                     "image size differs from the annotation",
                     f"{image.path}: {found[1]}x{found[0]}, annotated {image.size[1]}x"
                     f"{image.size[0]} (width x height)",
+                    image.path,
                 )
     return sizes
 

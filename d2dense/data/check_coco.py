@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from typing import Any
 
-import numpy as np
 import pycocotools.mask as mask_util
 from detectron2.structures import BoxMode
 
 from d2dense.errors import UserError
 
+from . import annotations as rules
 from . import coco_format
 from .check import ImageFile, Report, check_images
 
@@ -53,7 +52,7 @@ def check_json(
     content = coco_format.read_json(json_file)
     categories = _check_categories(report, content["categories"])
     images = _check_image_entries(report, content["images"])
-    annotations = content.get("annotations") or []
+    annotations = _entries(report, content.get("annotations") or [])
     _check_annotation_ids(report, annotations, images)
     table = _Table()
     for annotation in annotations:
@@ -75,8 +74,8 @@ def _check_categories(report: Report, categories: list[Any]) -> dict[int, str]:
     """Return category id to name; report double ids and names, and gaps between ids."""
     names: dict[int, str] = {}
     for category in categories:
-        if not isinstance(category, dict) or "id" not in category or "name" not in category:
-            report.add("error", "categories without id or name", str(category)[:80])
+        if not coco_format.is_category(category):
+            report.add("error", "categories without id or name", _cut(category))
             continue
         if category["id"] in names:
             report.add("error", "category ids used twice", str(category["id"]))
@@ -86,13 +85,15 @@ def _check_categories(report: Report, categories: list[Any]) -> dict[int, str]:
             report.add("warning", "category names used twice", label)
     if not names:
         report.add("error", "the file has no categories")
+    elif len({type(id_) for id_ in names}) > 1:
+        report.add("error", "category ids of two kinds", "some are numbers and some are texts")
     elif sorted(names) != list(range(1, len(names) + 1)):
         report.add(
             "note",
             "category ids have gaps or do not start at 1 (handled)",
             f"{len(names)} categories with ids from {min(names)} to {max(names)}",
         )
-    return dict(sorted(names.items()))
+    return dict(sorted(names.items(), key=lambda item: (isinstance(item[0], str), item[0])))
 
 
 def _check_image_entries(report: Report, images: list[dict]) -> dict[Any, dict]:
@@ -102,13 +103,18 @@ def _check_image_entries(report: Report, images: list[dict]) -> dict[Any, dict]:
     by_id: dict[Any, dict] = {}
     files: Counter[str] = Counter()
     for image in images:
-        if "id" not in image or (not image.get("file_name") and "coco_url" not in image):
-            report.add("error", "images without id or file_name", str(image)[:80])
+        if not coco_format.is_image(image) or not isinstance(
+            image.get("file_name") or image.get("coco_url"), str
+        ):
+            report.add("error", "images without id or file_name", _cut(image))
             continue
         if image["id"] in by_id:
             report.add("error", "image ids used twice", f"image id {image['id']}")
-        if not image.get("height") or not image.get("width"):
-            report.add("warning", "images without height or width", f"image id {image['id']}")
+        try:
+            if rules.image_size(image) is None:
+                report.add("warning", "images without height or width", f"image id {image['id']}")
+        except ValueError as error:
+            report.add("error", "images of an impossible size", f"image id {image['id']} {error}")
         by_id[image["id"]] = image
         files[image.get("file_name") or image["coco_url"]] += 1
     for file, count in files.items():
@@ -117,8 +123,28 @@ def _check_image_entries(report: Report, images: list[dict]) -> dict[Any, dict]:
     return by_id
 
 
+def _entries(report: Report, annotations: Any) -> list[dict]:
+    """Return the annotations that are objects naming an image."""
+    if not isinstance(annotations, list):
+        report.add("error", "'annotations' is not a list", _cut(annotations))
+        return []
+    kept = []
+    for entry in annotations:
+        if isinstance(entry, dict) and isinstance(entry.get("image_id"), Hashable):
+            kept.append(entry)
+        else:
+            report.add("error", "annotations that are no objects with an image_id", _cut(entry))
+    return kept
+
+
+def _cut(value: Any) -> str:
+    return str(value)[:80]
+
+
 def _check_annotation_ids(report: Report, annotations: list[dict], images: dict) -> None:
-    ids: Counter[Any] = Counter(a.get("id") for a in annotations)
+    ids: Counter[Any] = Counter(
+        a["id"] if isinstance(a.get("id"), (int, str)) else None for a in annotations
+    )
     for key, count in ids.items():
         if key is None:
             report.add("warning", "annotations without an id", f"{count} annotations")
@@ -133,7 +159,8 @@ def _check_annotation_ids(report: Report, annotations: list[dict], images: dict)
                 f"annotation {annotation.get('id')}: image_id {annotation.get('image_id')}",
             )
         box, mask = annotation.get("bbox"), annotation.get("segmentation")
-        seen[annotation.get("image_id"), annotation.get("category_id"), str(box), str(mask)] += 1
+        category = str(annotation.get("category_id"))
+        seen[annotation.get("image_id"), category, str(box), str(mask)] += 1
     for (image, category, box, _), count in seen.items():
         if count > 1:
             report.add(
@@ -146,42 +173,36 @@ def _check_annotation_ids(report: Report, annotations: list[dict], images: dict)
 def _check_annotation(
     report: Report, annotation: dict, image: dict, categories: dict[int, str], table: _Table
 ) -> None:
+    """Report what training finds wrong with an annotation, and what it silently mends."""
     where = f"annotation {annotation.get('id')} of {image.get('file_name', image['id'])}"
-    category, box = annotation.get("category_id"), annotation.get("bbox")
-    if category not in categories:
-        report.add("error", "category ids that the file does not list", f"{where}: {category}")
-        return
-    crowd = bool(annotation.get("iscrowd", 0))
+    category, box, size = annotation.get("category_id"), annotation.get("bbox"), _size(image)
+    marks = rules.crowd_fault(annotation)
+    fault = rules.category_fault(category, categories) or marks or rules.box_fault(box, size)
+    if fault is not None:
+        report.add(fault.level, fault.title, f"{where} {fault.found}")
+        if fault.level == "error":
+            return
+    elif size is not None:
+        _check_overhang(report, box, size, where)
+    crowd = bool(annotation.get("iscrowd") or annotation.get("ignore"))
     if crowd:
         report.add("note", "crowds (not trained on, ignored in evaluation)")
-    numbers = isinstance(box, list) and len(box) == 4
-    if not numbers or not all(isinstance(v, (int, float)) for v in box):
-        report.add("error", "boxes that are not four numbers", f"{where}: {box}")
-        return
-    if not all(math.isfinite(v) for v in box):
-        report.add("error", "boxes with NaN or infinity", f"{where}: {box}")
-        return
-    _check_box(report, box, image, where)
     table.add(category, image["id"], box, crowd)
     if annotation.get("segmentation"):
         _check_mask(report, annotation["segmentation"], image, where)
 
 
-def _check_box(report: Report, box: list[float], image: dict, where: str) -> None:
+def _size(image: dict) -> tuple[int, int] | None:
+    try:
+        return rules.image_size(image)
+    except ValueError:  # reported once, with the image
+        return None
+
+
+def _check_overhang(report: Report, box: list[float], size: tuple[int, int], where: str) -> None:
     x, y, w, h = box
-    if w <= 0 or h <= 0:
-        report.add("warning", "boxes without area (left out)", f"{where}: {box}")
-        return
-    width, height = image.get("width"), image.get("height")
-    if not width or not height:
-        return
-    if x >= width or y >= height or x + w <= 0 or y + h <= 0:
-        report.add(
-            "warning",
-            "boxes wholly outside the image (left out)",
-            f"{where}: {box} in {width}x{height}",
-        )
-    elif min(x, y) < -_TOLERANCE or x + w > width + _TOLERANCE or y + h > height + _TOLERANCE:
+    height, width = size
+    if min(x, y) < -_TOLERANCE or x + w > width + _TOLERANCE or y + h > height + _TOLERANCE:
         report.add(
             "warning",
             "boxes partly outside the image (clipped)",
@@ -190,34 +211,26 @@ def _check_box(report: Report, box: list[float], image: dict, where: str) -> Non
 
 
 def _check_mask(report: Report, mask: Any, image: dict, where: str) -> None:
-    if isinstance(mask, list):
-        if not all(isinstance(p, list) for p in mask):
-            report.add("error", "segmentations of an unknown form", where)
-        elif not any(len(p) >= 6 and len(p) % 2 == 0 for p in mask):
-            report.add("warning", "polygons with fewer than three corners (left out)", where)
-        elif not np.isfinite(np.concatenate([np.asarray(p, np.float64) for p in mask])).all():
-            report.add("error", "segmentations with NaN or infinity", where)
-        return
-    if not isinstance(mask, dict) or not {"counts", "size"} <= mask.keys():
-        report.add("error", "segmentations of an unknown form", where)
-        return
-    size = [image.get("height"), image.get("width")]
-    if all(size) and list(mask["size"]) != size:
-        report.add(
-            "error",
-            "run-length masks of another size than the image",
-            f"{where}: {mask['size']}, {size}",
-        )
-        return
+    fault = rules.mask_fault(mask, _size(image))
+    if fault is not None:
+        report.add(fault.level, fault.title, f"{where} {fault.found}")
+    elif isinstance(mask, dict):
+        _check_run_length(report, mask, image, where)
+
+
+def _check_run_length(report: Report, mask: dict, image: dict, where: str) -> None:
+    """Decode a mask of the right form, which training does when it comes to the image."""
+    height, width = mask["size"]
+    counts = mask["counts"]
     try:
-        counts = mask["counts"]
-        rle = mask_util.frPyObjects(mask, *mask["size"]) if isinstance(counts, list) else mask
-        covered = sum(counts) if isinstance(counts, list) else None
-        if covered is not None and covered != mask["size"][0] * mask["size"][1]:
-            raise ValueError("the runs do not add up to the image")
-        empty = not int(mask_util.area(rle))
-    except (ValueError, TypeError, IndexError) as error:
-        report.add("error", "run-length masks that cannot be decoded", f"{where}: {error}")
+        code = mask_util.frPyObjects(mask, height, width) if isinstance(counts, list) else mask
+        covered = rules.run_total(code)
+        if covered != height * width:
+            raise ValueError(f"its runs have {covered} pixels, not {height * width}")
+        empty = not int(mask_util.area(code))
+    except ValueError as error:
+        title = "run-length masks that cannot be decoded"
+        report.add_bad_sample(title, f"{where}: {error}", str(image.get("file_name", image["id"])))
         return
     if empty:
         report.add("warning", "masks without a pixel (left out)", where)
@@ -261,9 +274,6 @@ def _check_loading(
         records = load(json_file, image_root)
     except UserError as error:
         report.add("error", "training stops when it reads the file", str(error))
-        return
-    except (KeyError, TypeError, ValueError) as error:
-        report.add("error", "training stops when it reads the file", f"{error!r}")
         return
     images = [
         ImageFile(

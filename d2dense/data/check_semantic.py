@@ -68,16 +68,16 @@ def check_pairs(
     images: Counter[int] = Counter()
     with ThreadPoolExecutor(workers) as pool:
         counted = pool.map(_count_labels, [label for _, label in pairs])
-        for (_, path), size, found in zip(pairs, sizes, counted):
+        for (image, path), size, found in zip(pairs, sizes, counted):
             if isinstance(found, str):
-                report.add("error", "label maps that cannot be read", found)
+                report.add_bad_sample("label maps that cannot be read", found, image)
                 continue
             shape, values = found
             if size is not None and size != shape:
-                report.add(
-                    "error",
+                report.add_bad_sample(
                     "label map and image differ in size",
                     f"{path}: {shape[1]}x{shape[0]}, image {size[1]}x{size[0]}",
+                    image,
                 )
             pixels.update(values)
             images.update(values.keys())

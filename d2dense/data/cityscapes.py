@@ -79,6 +79,7 @@ def load_semantic(image_dir: str, gt_dir: str) -> list[dict[str, Any]]:
                 "sem_seg_file_name": str(labels),
                 "image_id": image.name,
                 "sem_seg_ignore_label": 255,
+                "sem_seg_classes": len(STUFF),
             }
         )
     return records

@@ -19,6 +19,7 @@ __all__ = ["CLASS_COUNT_KEYS", "dataset_classes", "resolve_class_counts"]
 
 # Meta-architecture to the yacs keys that hold its class counts; projects add theirs.
 CLASS_COUNT_KEYS: dict[str, list[str]] = {
+    "BatchRetinaNet": ["MODEL.RETINANET.NUM_CLASSES"],
     "GeneralizedRCNN": ["MODEL.ROI_HEADS.NUM_CLASSES"],
     "PanopticFPN": ["MODEL.ROI_HEADS.NUM_CLASSES", "MODEL.SEM_SEG_HEAD.NUM_CLASSES"],
     "RetinaNet": ["MODEL.RETINANET.NUM_CLASSES"],
@@ -78,7 +79,7 @@ def _classes(name: str, kind: str) -> list[str]:
         datasets.ensure(name)  # says which file is missing
         classes = _known(name, kind)
     if classes is None:  # Detectron2's own registrations learn their classes by reading
-        datasets.load(name)
+        datasets.learn_classes(name)
         classes = _known(name, kind)
     if classes is None:
         what = "objects (thing_classes)" if kind == "thing" else "label maps (stuff_classes)"

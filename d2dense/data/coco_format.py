@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+import gc
+import itertools
 import json
-import math
-import mmap
 import os
 from collections import defaultdict
+from collections.abc import Hashable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
-
-import pycocotools.mask as mask_util
-from detectron2.structures import BoxMode
+from typing import Any, BinaryIO
 
 from d2dense.errors import UserError
 
-__all__ = ["load_coco", "load_lvis", "metadata", "read_categories", "read_json"]
+from .annotations import AnnotationReader, image_size
+
+__all__ = [
+    "is_category",
+    "is_image",
+    "load_coco",
+    "load_lvis",
+    "metadata",
+    "read_categories",
+    "read_json",
+]
 
 Record = dict[str, Any]
+
+_BLOCK = 1 << 24
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
@@ -27,9 +37,11 @@ def read_json(path: str | Path) -> dict[str, Any]:
         UserError: no such file, not json, or without the lists that COCO's layout has.
     """
     try:
-        content = json.loads(Path(path).read_bytes())
+        content = _parse(path)
     except OSError as error:
         raise UserError(f"cannot read annotation file {path}: {error.strerror}") from None
+    except RecursionError:
+        raise UserError(f"annotation file {path} is nested too deeply") from None
     except ValueError as error:
         raise UserError(f"annotation file {path} is not valid json: {error}") from None
     for key in ("images", "categories"):
@@ -39,6 +51,22 @@ def read_json(path: str | Path) -> dict[str, Any]:
                 " 'annotations' and 'categories'"
             )
     return content
+
+
+def _parse(path: str | Path) -> Any:
+    """Parse json without the pauses of the garbage collector, which finds nothing among millions of
+    new objects, and without keeping the bytes beside the text.
+    """
+    content = Path(path).read_bytes()
+    text = content.decode(json.detect_encoding(content), "surrogatepass")
+    del content
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        return json.loads(text)
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def read_categories(path: str | Path) -> list[dict[str, Any]]:
@@ -51,9 +79,15 @@ def read_categories(path: str | Path) -> list[dict[str, Any]]:
         UserError: as :func:`read_json`, or categories without id and name.
     """
     categories = _scan_categories(path) or read_json(path)["categories"]
-    if not all(isinstance(c, dict) and "id" in c and "name" in c for c in categories):
-        raise UserError(f"annotation file {path}: every category needs an 'id' and a 'name'")
+    for category in categories:
+        if not is_category(category):
+            raise UserError(
+                f"annotation file {path}: every category needs an 'id' and a 'name', not "
+                f"{str(category)[:80]}"
+            )
     ids = [category["id"] for category in categories]
+    if len({type(id_) for id_ in ids}) > 1:
+        raise UserError(f"annotation file {path}: some category ids are numbers, some are texts")
     if len(set(ids)) != len(ids):
         raise UserError(f"annotation file {path}: two categories share an id; make ids unique")
     if not categories:
@@ -61,23 +95,51 @@ def read_categories(path: str | Path) -> list[dict[str, Any]]:
     return sorted(categories, key=lambda category: category["id"])
 
 
+def is_category(entry: Any) -> bool:
+    """Whether an entry of ``categories`` has an id and a name."""
+    return (
+        isinstance(entry, dict)
+        and type(entry.get("id")) in (int, str)
+        and isinstance(entry.get("name"), (str, int, float))
+    )
+
+
+def is_image(entry: Any) -> bool:
+    """Whether an entry of ``images`` has an id; other parts may be missing."""
+    return isinstance(entry, dict) and type(entry.get("id")) in (int, str)
+
+
 def _scan_categories(path: str | Path) -> list[dict[str, Any]] | None:
     """Return the list after the file's only ``"categories"`` key; None where that is unclear."""
     key = b'"categories"'
     try:
-        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            start = data.find(key)
-            if start < 0 or data.find(key, start + 1) >= 0:
+        with open(path, "rb") as file:
+            places = list(itertools.islice(_places(file, key), 2))
+            if len(places) != 1:
                 return None
-            rest = data[start + len(key) : start + len(key) + 4_000_000]
-    except (OSError, ValueError):
+            file.seek(places[0] + len(key))
+            rest = file.read(4_000_000)
+    except OSError:
         return None
     text = rest.decode("utf-8", errors="ignore").lstrip(" \t\r\n:")
     try:
         value, _ = json.JSONDecoder().raw_decode(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return value if isinstance(value, list) else None
+
+
+def _places(file: BinaryIO, key: bytes) -> Iterator[int]:
+    """Yield where ``key`` is in a file, of which little is in memory at a time."""
+    end, tail = 0, b""
+    while block := file.read(_BLOCK):
+        end += len(block)
+        window = tail + block
+        start = window.find(key)
+        while start >= 0:
+            yield end - len(window) + start
+            start = window.find(key, start + 1)
+        tail = window[1 - len(key) :]
 
 
 def metadata(path: str | Path) -> dict[str, Any]:
@@ -98,7 +160,7 @@ def load_coco(json_file: str, image_root: str) -> list[Record]:
     """Return the records of a COCO json, in the order of the image ids.
 
     Category ids become contiguous in the order of the ids. Objects marked ``ignore`` count as
-    crowds. Polygons with fewer than three corners are left out.
+    crowds. What is left out, and what is an error, says :mod:`d2dense.data.annotations`.
 
     Raises:
         UserError: a file that is not COCO's layout, naming the entry.
@@ -117,75 +179,78 @@ def load_lvis(json_file: str, image_root: str) -> list[Record]:
 def _load(json_file: str, image_root: str, *, is_lvis: bool) -> list[Record]:
     content = read_json(json_file)
     contiguous = {c["id"]: index for index, c in enumerate(read_categories(json_file))}
-    objects = defaultdict(list)
-    for annotation in content.get("annotations") or ():
-        objects[annotation.get("image_id")].append(annotation)
-    images = sorted(content["images"], key=lambda image: image["id"])
+    objects = _by_image(content.pop("annotations", None) or (), json_file)
+    reader = AnnotationReader(json_file, contiguous)
+    images = _sorted_images(content["images"], json_file)
     in_split = is_lvis and images and not _exists(image_root, images[0].get("file_name"))
     records = []
     for image in images:
         record = {
             "file_name": os.path.join(image_root, _file_name(image, in_split, json_file)),
             "image_id": image["id"],
-            **{key: image[key] for key in ("height", "width") if image.get(key)},
         }
+        size = _size(image, json_file)
+        if size is not None:
+            record["height"], record["width"] = size
         if is_lvis:
             for key in ("not_exhaustive_category_ids", "neg_category_ids"):
                 record[key] = image.get(key, [])
-        record["annotations"] = [
-            _object(annotation, contiguous, json_file) for annotation in objects[image["id"]]
-        ]
+        found = (reader.read(a, image, size) for a in objects.pop(image["id"], ()))
+        record["annotations"] = [each for each in found if each is not None]
         records.append(record)
+    for unlisted in objects.values():
+        reader.note_unlisted(unlisted)
+    reader.warn()
     return records
 
 
-def _exists(root: str, name: str | None) -> bool:
-    return bool(name) and os.path.isfile(os.path.join(root, name))
-
-
-def _file_name(image: dict[str, Any], in_split: bool, json_file: str) -> str:
-    if in_split and "coco_url" in image:
-        return "/".join(image["coco_url"].split("/")[-2:])
-    if not image.get("file_name"):
-        raise UserError(f"{json_file}: image {image.get('id')} has no 'file_name'")
-    return image["file_name"]
-
-
-def _object(
-    annotation: dict[str, Any], contiguous: dict[int, int], json_file: str
-) -> dict[str, Any]:
-    where = f"{json_file}: annotation {annotation.get('id')}"
-    category = annotation.get("category_id")
-    if category not in contiguous:
-        raise UserError(
-            f"{where} has category_id {category}, which is not among the file's "
-            f"{len(contiguous)} categories; correct the id or add the category"
-        )
-    box = annotation.get("bbox")
-    if not isinstance(box, list) or len(box) != 4 or not all(_is_finite(v) for v in box):
-        raise UserError(f"{where} has bbox {box!r}, expected numbers [x, y, width, height]")
-    result = {
-        "bbox": list(box),
-        "bbox_mode": BoxMode.XYWH_ABS,
-        "category_id": contiguous[category],
-        "iscrowd": int(bool(annotation.get("iscrowd", 0) or annotation.get("ignore", 0))),
-    }
-    mask = annotation.get("segmentation")
-    if mask:  # an empty one is how many tools write "boxes only"
-        result["segmentation"] = _mask(mask, where)
+def _by_image(annotations: Any, json_file: str) -> dict[Hashable, list[dict[str, Any]]]:
+    """Return the annotations of each image id, listed images or not."""
+    result = defaultdict(list)
+    if not isinstance(annotations, Sequence):
+        raise UserError(f"{json_file}: 'annotations' is {type(annotations).__name__}, not a list")
+    for annotation in annotations:
+        try:
+            result[annotation.get("image_id")].append(annotation)
+        except (AttributeError, TypeError):
+            raise UserError(
+                f"{json_file}: an annotation is no object with an image_id: {str(annotation)[:80]}"
+            ) from None
     return result
 
 
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)
+def _sorted_images(images: list[Any], json_file: str) -> list[dict[str, Any]]:
+    """Return the images in the order of their ids, which are there, of one kind and unique."""
+    for image in images:
+        if not is_image(image):
+            raise UserError(f"{json_file}: an image has no 'id': {str(image)[:80]}")
+    try:
+        images = sorted(images, key=lambda image: image["id"])
+    except TypeError:
+        raise UserError(f"{json_file}: some image ids are numbers and some are texts") from None
+    for one, other in itertools.pairwise(images):
+        if one["id"] == other["id"]:
+            raise UserError(
+                f"{json_file}: two images share the id {one['id']} ({one.get('file_name')} and "
+                f"{other.get('file_name')}); make image ids unique"
+            )
+    return images
 
 
-def _mask(mask: Any, where: str) -> list | dict:
-    """Return polygons with three corners or more, or a compressed run-length mask."""
-    if isinstance(mask, list):
-        return [p for p in mask if isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0]
-    if isinstance(mask, dict) and {"counts", "size"} <= mask.keys():
-        return (
-            mask_util.frPyObjects(mask, *mask["size"]) if isinstance(mask["counts"], list) else mask
-        )
-    raise UserError(f"{where} has a segmentation that is neither polygons nor a run-length mask")
+def _size(image: dict[str, Any], json_file: str) -> tuple[int, int] | None:
+    try:
+        return image_size(image)
+    except ValueError as error:
+        raise UserError(f"{json_file}: image {image['id']} {error}; correct it") from None
+
+
+def _exists(root: str, name: Any) -> bool:
+    return isinstance(name, str) and bool(name) and os.path.isfile(os.path.join(root, name))
+
+
+def _file_name(image: dict[str, Any], in_split: bool, json_file: str) -> str:
+    if in_split and isinstance(image.get("coco_url"), str):
+        return "/".join(image["coco_url"].split("/")[-2:])
+    if not image.get("file_name") or not isinstance(image["file_name"], str):
+        raise UserError(f"{json_file}: image {image.get('id')} has no 'file_name'")
+    return image["file_name"]

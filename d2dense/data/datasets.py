@@ -15,17 +15,30 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from d2dense.errors import UserError, nearest
 
 from . import cityscapes, coco_format, folders
+from .child import call_in_child
+from .records import Layout, Records, RecordsFile, once_per_machine
 
-__all__ = ["DatasetSpec", "ensure", "is_custom", "load", "register", "register_custom"]
+__all__ = [
+    "DatasetSpec",
+    "ensure",
+    "is_custom",
+    "learn_classes",
+    "load",
+    "load_together",
+    "register",
+    "register_custom",
+]
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 _PREFIX = "custom_"
 _KINDS = ("coco", "lvis", "cityscapes", "sem_seg")
@@ -155,6 +168,7 @@ def _folder_reader(spec: DatasetSpec, where: str) -> tuple[Callable, dict[str, A
         spec.images,
         spec.labels,
         ignore_label=ignore_label,
+        num_classes=len(metadata["stuff_classes"]) if "stuff_classes" in metadata else None,
         **metadata["suffixes"],
     )
     return loader, metadata
@@ -181,8 +195,13 @@ def register_custom(slots: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     Raises:
         UserError: an unknown entry, or entries that contradict each other.
     """
+    if not isinstance(slots, Mapping):
+        raise UserError(
+            f"DATASETS.CUSTOM / datasets is {slots!r}, expected slots such as train and val"
+        )
     registered = {}
     for slot, entries in slots.items():
+        slot = str(slot)
         where = (
             f"custom dataset {slot!r} (DATASETS.CUSTOM.{slot.upper()} / datasets.{slot.lower()})"
         )
@@ -205,10 +224,25 @@ def _spec(entries: Any, where: str) -> DatasetSpec:
             raise UserError(
                 f"{where} has no entry {key!r}{nearest(key, known)}; known: {', '.join(known)}"
             )
+    given = {key: value for key, value in given.items() if value is not None}
     for key, value in given.items():
-        if isinstance(value, Sequence) and not isinstance(value, str) and key != "classes":
-            raise UserError(f"{where}: {key} = {value!r}, expected one value")
-    return DatasetSpec(**{key: value for key, value in given.items() if value is not None})
+        given[key] = _entry(key, value, where)
+    return DatasetSpec(**given)
+
+
+def _entry(key: str, value: Any, where: str) -> Any:
+    """Return the value of one entry as its type; a number is the name of a folder such as 2017."""
+    if key == "ignore_label":
+        if isinstance(value, bool) or not isinstance(value, int) or abs(value) >= 2**31:
+            raise UserError(f"{where}: ignore_label = {value!r}, expected a whole number")
+        return value
+    if isinstance(value, (str, Path, int, float)) and not isinstance(value, bool):
+        return str(value)
+    if key != "classes":
+        raise UserError(f"{where}: {key} = {value!r}, expected one value")
+    if not isinstance(value, Sequence) or not all(isinstance(n, (str, int)) for n in value):
+        raise UserError(f"{where}: classes = {value!r}, expected names or a file with them")
+    return tuple(map(str, value))
 
 
 def is_custom(name: str) -> bool:
@@ -248,15 +282,80 @@ def _missing(name: str, where: str | None, path: str) -> str:
     )
 
 
-def load(name: str) -> list[dict[str, Any]]:
+def load(name: str) -> Records:
     """Return the records of the dataset ``name`` in Detectron2's dataset format.
+
+    Functions of this library and of Detectron2 read in a child process, so that the objects of a
+    large annotation file never enlarge this process; a user's own function, which may do other
+    things besides, runs here.
 
     Raises:
         UserError: an unknown name, files that do not exist, or annotations that cannot be read.
     """
     ensure(name)
-    records = DatasetCatalog.get(name)
+    file = RecordsFile()
+
+    def read() -> tuple[Layout, dict[str, Any]]:
+        return _with_metadata(name, lambda: file.write(DatasetCatalog.get(name)))
+
+    try:
+        layout, learned = call_in_child(read) if _only_reads(DatasetCatalog[name]) else read()
+    except MemoryError as error:
+        raise UserError(
+            f"dataset {name!r} could not be read: {error}; the machine may be short of memory"
+        ) from None
+    _learn(name, learned)
+    file.map(layout)
+    records = Records.of_files([file])
     if not len(records):
         raise UserError(f"dataset {name!r} holds no image")
     logger.info("dataset %s: %d images", name, len(records))
     return records
+
+
+def learn_classes(name: str) -> None:
+    """Have the metadata of a dataset say its classes where registering it did not, without reading
+    all of a COCO json for them.
+
+    Raises:
+        UserError: as :func:`load`.
+    """
+    ensure(name)
+    metadata = MetadataCatalog.get(name)
+    if metadata.get("evaluator_type") == "coco" and _only_reads(DatasetCatalog[name]):
+        _learn(name, coco_format.metadata(metadata.json_file))
+    else:
+        load(name)
+
+
+def load_together(name: str) -> Records:
+    """As :func:`load`, but read by one process per machine, from which the others have the records;
+    all processes must call it together.
+    """
+
+    records, learned = once_per_machine(lambda: _with_metadata(name, lambda: load(name)))
+    _learn(name, learned)
+    return records
+
+
+def _with_metadata(name: str, read: Callable[[], T]) -> tuple[T, dict[str, Any]]:
+    """Return ``read()`` and the metadata that the dataset got meanwhile: Detectron2's sets learn
+    their class names as they are read, which other processes would not know.
+    """
+    before = MetadataCatalog.get(name).as_dict() if name in MetadataCatalog.list() else {}
+    value = read()
+    after = MetadataCatalog.get(name).as_dict()
+    return value, {key: after[key] for key in after.keys() - before.keys()}
+
+
+def _learn(name: str, metadata: Mapping[str, Any]) -> None:
+    known = MetadataCatalog.get(name).as_dict()
+    MetadataCatalog.get(name).set(**{k: v for k, v in metadata.items() if k not in known})
+
+
+def _only_reads(function: Callable) -> bool:
+    """Whether a registered function is known to do nothing besides reading and naming classes."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    module = getattr(function, "__module__", None) or ""
+    return module.split(".")[0] in ("d2dense", "detectron2")

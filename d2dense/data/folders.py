@@ -28,13 +28,15 @@ def class_names(classes: str | Path | tuple[str, ...], where: str) -> list[str]:
         return list(classes)
     path = Path(classes).expanduser()
     try:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(f"{where}: cannot read class list {path}: {error.strerror}") from None
+    except ValueError:
+        raise UserError(f"{where}: class list {path} is not text in UTF-8") from None
     if path.suffix == ".json":
         try:
             names = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{where}: class list {path} is not valid json: {error}") from None
         names = names.get("classes") if isinstance(names, dict) else names
     else:
@@ -53,12 +55,12 @@ def ignore_label(classes: str | Path | tuple[str, ...], where: str) -> int:
     if isinstance(classes, tuple) or Path(classes).suffix != ".json":
         return 255
     try:
-        content = json.loads(Path(classes).expanduser().read_text())
-    except (OSError, ValueError):
+        content = json.loads(Path(classes).expanduser().read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
         return 255
     label = content.get("ignore_label", 255) if isinstance(content, dict) else 255
-    if not isinstance(label, int) or isinstance(label, bool):
-        raise UserError(f"{where}: ignore_label in {classes} is {label!r}, expected a number")
+    if not isinstance(label, int) or isinstance(label, bool) or abs(label) >= 2**31:
+        raise UserError(f"{where}: ignore_label in {classes} is {label!r}, expected a whole number")
     return label
 
 
@@ -100,8 +102,12 @@ def load_semantic_folder(
     image_suffix: str = "",
     label_suffix: str = ".png",
     ignore_label: int = 255,
+    num_classes: int | None = None,
 ) -> list[dict[str, Any]]:
     """Return the records of two folders; pictures without a label map are left out with a warning.
+
+    Args:
+        num_classes: with it, a label map that holds another class is a bad sample.
 
     Raises:
         UserError: no picture has a label map.
@@ -128,6 +134,7 @@ def load_semantic_folder(
             "sem_seg_file_name": label,
             "image_id": os.path.splitext(os.path.relpath(image, images))[0],
             "sem_seg_ignore_label": ignore_label,
+            **({} if num_classes is None else {"sem_seg_classes": num_classes}),
         }
         for image, label in pairs
     ]

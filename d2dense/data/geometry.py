@@ -26,7 +26,8 @@ def clip_boxes(boxes: np.ndarray, height: float, width: float) -> np.ndarray:
 def polygon_area(polygon: np.ndarray) -> float:
     """Return the absolute area of a simple polygon (P, 2) by the shoelace formula."""
     x, y = polygon[:, 0], polygon[:, 1]
-    return 0.5 * abs(float(x @ np.roll(y, -1) - y @ np.roll(x, -1)))
+    inner = x[:-1] @ y[1:] - y[:-1] @ x[1:]
+    return 0.5 * abs(float(inner + x[-1] * y[0] - y[-1] * x[0]))
 
 
 def transform_polygons(
@@ -77,6 +78,8 @@ def clip_polygon(polygon: np.ndarray, height: float, width: float) -> list[np.nd
         The pieces inside, in the same rotation sense. A concave polygon may fall apart into
         several.
     """
+    if ((polygon >= 0) & (polygon <= (width, height))).all():
+        return [polygon]  # the usual case
     pieces = [polygon]
     for axis, limit, sign in ((0, 0.0, 1), (0, width, -1), (1, 0.0, 1), (1, height, -1)):
         pieces = [
@@ -84,8 +87,6 @@ def clip_polygon(polygon: np.ndarray, height: float, width: float) -> list[np.nd
             for piece in pieces
             for cut in _cut(piece, sign * (piece[:, axis] - limit), 1 - axis)
         ]
-    if len(pieces) == 1 and pieces[0] is polygon:
-        return pieces
     return [piece for piece in pieces if len(piece) >= 3 and polygon_area(piece) > _MIN_AREA]
 
 

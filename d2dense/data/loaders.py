@@ -9,18 +9,17 @@ them.
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import itertools
 import logging
-import random
+import operator
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import cv2
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data.common import DatasetFromList
 from detectron2.data.samplers import (
     InferenceSampler,
     RepeatFactorTrainingSampler,
@@ -31,8 +30,11 @@ from torch.utils import data as torchdata
 
 from d2dense.errors import UserError
 
-from . import datasets, mappers
-from .reading import SampleError
+from . import datasets, mappers, workers
+from .copy_paste import CopyPaste, build_copy_paste
+from .reading import SampleError, be_strict
+from .records import Records
+from .samples import BadSamples, Draw, MappedDataset, StreamDataset
 
 __all__ = [
     "build_test_loader",
@@ -47,8 +49,11 @@ logger = logging.getLogger(__name__)
 Record = dict[str, Any]
 
 
-def get_dataset_dicts(*, names: str | Sequence[str], filter_empty: bool = True) -> list[Record]:
+def get_dataset_dicts(*, names: str | Sequence[str], filter_empty: bool = True) -> Records:
     """Return the records of one or several registered datasets, joined.
+
+    In a run of several processes all of them must call this together: one per machine reads the
+    files, and the others share what it read.
 
     Args:
         names: registered names.
@@ -61,9 +66,9 @@ def get_dataset_dicts(*, names: str | Sequence[str], filter_empty: bool = True) 
     names = [names] if isinstance(names, str) else list(names)
     if not names:
         raise UserError("no dataset is named; set DATASETS.TRAIN / dataloader.train.dataset.names")
-    records = [record for name in names for record in datasets.load(name)]
+    records = functools.reduce(operator.add, map(datasets.load_together, names))
     if filter_empty:
-        kept = [r for r in records if "annotations" not in r or _has_object(r)]
+        kept = np.flatnonzero(~records.is_empty())
         if len(kept) < len(records):
             logger.info(
                 "%s: left out %d images without objects, %d stay",
@@ -71,7 +76,7 @@ def get_dataset_dicts(*, names: str | Sequence[str], filter_empty: bool = True) 
                 len(records) - len(kept),
                 len(kept),
             )
-        records = kept
+            records = records.select(kept)
     if not records:
         raise UserError(
             f"datasets {', '.join(names)} have no image to use"
@@ -80,8 +85,10 @@ def get_dataset_dicts(*, names: str | Sequence[str], filter_empty: bool = True) 
     return records
 
 
-def _has_object(record: Record) -> bool:
-    return any(not annotation.get("iscrowd", 0) for annotation in record["annotations"])
+def _as_records(dataset: Sequence[Record] | str, **options: Any) -> Records:
+    if isinstance(dataset, str):
+        return get_dataset_dicts(names=dataset, **options)
+    return dataset if isinstance(dataset, Records) else Records(dataset)
 
 
 def build_train_loader(
@@ -94,6 +101,8 @@ def build_train_loader(
     aspect_ratio_grouping: bool = True,
     sampler: str = "training",
     repeat_threshold: float = 0.001,
+    copy_paste: CopyPaste | None = None,
+    max_bad_share: float = 0.1,
     start_batch: int = 0,
 ) -> torchdata.DataLoader:
     """Return an endless loader of lists of mapped records.
@@ -110,33 +119,45 @@ def build_train_loader(
         sampler: ``"training"`` (each image once per epoch) or ``"repeat_factor"`` (images of rare
             classes more often, as LVIS does).
         repeat_threshold: frequency below which a class counts as rare.
+        copy_paste: pastes objects of another image, mapped in the same way, into a sample.
+        max_bad_share: samples that cannot be used are logged and replaced; when more than this
+            share of the draws were bad, and at least ten, iterating ends. 0 stops at the first.
         start_batch: how many batches of the stream to skip, without reading them.
 
     Raises:
-        UserError: a batch that the processes cannot share, or an unknown sampler. While iterating,
-            a :class:`~d2dense.data.reading.SampleError` that names the broken file.
+        UserError: a batch that the processes cannot share, an unknown sampler, copy-paste without
+            objects, or a share outside 0 to 1; while iterating, too many bad samples, or a worker
+            that died.
     """
-    records = get_dataset_dicts(names=dataset) if isinstance(dataset, str) else list(dataset)
+    records = _as_records(dataset)
     world_size = comm.get_world_size()
     if total_batch_size <= 0 or total_batch_size % world_size:
         raise UserError(
             f"total batch size {total_batch_size} cannot be shared by {world_size} processes; "
             "change SOLVER.IMS_PER_BATCH / dataloader.train.total_batch_size to a multiple"
         )
+    if copy_paste is not None and isinstance(mapper, mappers.SemanticMapper):
+        raise UserError(
+            "copy-paste needs a mapper with objects; leave out INPUT.COPY_PASTE.ENABLED / "
+            "dataloader.train.copy_paste, or use another INPUT.MAPPER / dataloader.train.mapper"
+        )
     if seed is None or seed < 0:
         seed = comm.shared_random_seed()
+    is_wide = records.is_wide() if aspect_ratio_grouping else None
     batches = _BatchSampler(
         _index_sampler(records, sampler, repeat_threshold, seed),
-        [_is_wide(record) for record in records] if aspect_ratio_grouping else None,
+        is_wide,
         total_batch_size // world_size,
         start_batch,
     )
-    return _Loader(
-        _SeededDataset(DatasetFromList(records, copy=False), mapper, seed),
+    return _TrainLoader(
+        StreamDataset(records, mapper, seed=seed, is_wide=is_wide, copy_paste=copy_paste),
         batch_sampler=batches,
         num_workers=num_workers,
-        collate_fn=_as_list,
-        worker_init_fn=_single_threaded,
+        multiprocessing_context=_context(num_workers),
+        collate_fn=workers.pack,
+        worker_init_fn=workers.start,
+        bad_samples=BadSamples(max_share=max_bad_share),
     )
 
 
@@ -159,16 +180,15 @@ def build_test_loader(
         UserError: as :func:`get_dataset_dicts`; while iterating, a SampleError that names the
             broken file.
     """
-    if isinstance(dataset, str):
-        dataset = get_dataset_dicts(names=dataset, filter_empty=False)
-    records = DatasetFromList(list(dataset), copy=False)
+    records = _as_records(dataset, filter_empty=False)
     return _Loader(
-        _MappedDataset(records, mapper),
+        MappedDataset(records, mapper),
         batch_size=batch_size,
         sampler=InferenceSampler(len(records)),
         num_workers=num_workers,
-        collate_fn=_as_list,
-        worker_init_fn=_single_threaded,
+        multiprocessing_context=_context(num_workers),
+        collate_fn=workers.pack,
+        worker_init_fn=workers.start,
     )
 
 
@@ -194,6 +214,8 @@ def train_from_cfg(cfg: CfgNode, start_batch: int = 0) -> torchdata.DataLoader:
         aspect_ratio_grouping=cfg.DATALOADER.ASPECT_RATIO_GROUPING,
         sampler=names[cfg.DATALOADER.SAMPLER_TRAIN],
         repeat_threshold=cfg.DATALOADER.REPEAT_THRESHOLD,
+        copy_paste=build_copy_paste(cfg),
+        max_bad_share=cfg.DATALOADER.MAX_BAD_SHARE,
         start_batch=start_batch,
     )
 
@@ -208,26 +230,28 @@ def test_from_cfg(cfg: CfgNode, name: str) -> torchdata.DataLoader:
     )
 
 
-def _index_sampler(
-    records: list[Record], kind: str, threshold: float, seed: int
-) -> torchdata.Sampler:
+def _index_sampler(records: Records, kind: str, threshold: float, seed: int) -> torchdata.Sampler:
     if kind == "training":
         return TrainingSampler(len(records), seed=seed)
     if kind == "repeat_factor":
-        if any("annotations" not in record for record in records):
+        if not records.is_annotated().all():
             raise UserError(
                 "the repeat-factor sampler needs a dataset with objects; use 'training'"
             )
-        factors = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(
-            records, threshold
-        )
-        return RepeatFactorTrainingSampler(factors, seed=seed)
+        return RepeatFactorTrainingSampler(_repeat_factors(records, threshold), seed=seed)
     raise UserError(f"sampler = {kind!r}, expected 'training' or 'repeat_factor'")
 
 
-def _is_wide(record: Record) -> bool:
-    """Whether the image is wider than high; datasets without sizes count as one group."""
-    return record.get("width", 0) > record.get("height", 0)
+def _repeat_factors(records: Records, threshold: float) -> torch.Tensor:
+    """Return how often an image comes per epoch, (N,): as its rarest class asks, sqrt(threshold /
+    frequency) but at least once (appendix B.2 of the LVIS paper).
+    """
+    index, category = records.categories()
+    _, category, images = np.unique(category, return_inverse=True, return_counts=True)
+    repeats = np.maximum(1.0, np.sqrt(threshold * len(records) / images))
+    factors = np.ones(len(records))
+    np.maximum.at(factors, index, repeats[category])
+    return torch.from_numpy(factors).float()
 
 
 class _BatchSampler(torchdata.Sampler):
@@ -238,7 +262,7 @@ class _BatchSampler(torchdata.Sampler):
     def __init__(
         self,
         sampler: torchdata.Sampler,
-        is_wide: list[bool] | None,
+        is_wide: np.ndarray | None,
         batch_size: int,
         start_batch: int,
     ):
@@ -254,59 +278,11 @@ class _BatchSampler(torchdata.Sampler):
         rank, world_size = comm.get_rank(), comm.get_world_size()
         groups: dict[bool, list[tuple[int, int]]] = {False: [], True: []}
         for count, index in enumerate(self.sampler):
-            group = groups[self.is_wide is not None and self.is_wide[index]]
+            group = groups[self.is_wide is not None and bool(self.is_wide[index])]
             group.append((rank + count * world_size, index))
             if len(group) == self.batch_size:
                 yield group[:]
                 group.clear()
-
-
-class _MappedDataset(torchdata.Dataset):
-    """Records through a mapper; a sample that cannot be used travels as its error to the main
-    process.
-    """
-
-    def __init__(self, records: torchdata.Dataset, mapper: Callable[[Record], Record]):
-        self.records = records
-        self.mapper = mapper
-
-    def __len__(self) -> int:
-        return len(self.records)
-
-    def __getitem__(self, index: int) -> Record | SampleError:
-        try:
-            return self.mapper(self.records[index])
-        except SampleError as error:
-            return error
-
-
-class _SeededDataset(_MappedDataset):
-    """Maps (position, index) with all random numbers fixed by (seed, position)."""
-
-    def __init__(self, records: torchdata.Dataset, mapper: Callable[[Record], Record], seed: int):
-        super().__init__(records, mapper)
-        self.seed = seed
-
-    def __getitem__(self, item: tuple[int, int]) -> Record | SampleError:
-        position, index = item
-        with _seeded(self.seed, position):
-            return super().__getitem__(index)
-
-
-@contextlib.contextmanager
-def _seeded(seed: int, position: int) -> Iterator[None]:
-    """Fix the global generators that augmentations draw from, and put them back afterwards."""
-    python, numpy, torch_state = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    words = np.random.SeedSequence([seed, position]).generate_state(3)
-    random.seed(int(words[0]))
-    np.random.seed(int(words[1]))
-    torch.default_generator.manual_seed(int(words[2]))  # torch.manual_seed would reseed CUDA too
-    try:
-        yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
-        torch.set_rng_state(torch_state)
 
 
 class _Loader(torchdata.DataLoader):
@@ -314,18 +290,41 @@ class _Loader(torchdata.DataLoader):
     traceback.
     """
 
+    def __init__(self, *args: Any, **kwargs: Any):
+        # Its workers' seed comes from here and not from the global generator: reading data must not
+        # change the numbers that the model draws.
+        super().__init__(*args, generator=torch.Generator(), **kwargs)
+
     def __iter__(self) -> Iterator[list[Record]]:
-        for batch in super().__iter__():
-            for sample in batch:
-                if isinstance(sample, SampleError):
-                    raise sample
-            yield batch
+        be_strict()
+        with workers.clear_deaths():
+            with workers.held_signals():
+                batches = super().__iter__()
+            try:
+                for batch in batches:
+                    yield [self._take(found) for found in workers.unpack(batch)]
+            finally:
+                workers.end(batches)
+
+    def _take(self, found: Record | SampleError) -> Record:
+        if isinstance(found, SampleError):
+            raise found
+        return found
 
 
-def _as_list(samples: list[Record]) -> list[Record]:
-    return samples
+class _TrainLoader(_Loader):
+    """The loader of a :class:`StreamDataset`; ``bad_samples`` counts what had to be replaced."""
+
+    def __init__(self, *args, bad_samples: BadSamples, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.bad_samples = bad_samples
+
+    def _take(self, found: Draw) -> Record:
+        return self.bad_samples.take(found)
 
 
-def _single_threaded(worker: int) -> None:
-    """Keep OpenCV from starting as many threads per worker as there are cores."""
-    cv2.setNumThreads(0)
+def _context(num_workers: int) -> str | None:
+    """Fork workers wherever the system can. In spawned processes, like the ranks of a launch,
+    and from Python 3.14 on they would start anew: 350 MiB for each and seconds of imports.
+    """
+    return "fork" if num_workers and sys.platform.startswith("linux") else None

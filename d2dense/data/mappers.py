@@ -11,6 +11,7 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
+import cv2
 import numpy as np
 import pycocotools.mask as mask_util
 import torch
@@ -28,19 +29,30 @@ from detectron2.structures import (
 from d2dense.errors import UserError, nearest
 
 from . import augmentations as recipes
+from .annotations import run_total
 from .geometry import clip_boxes, clip_polygon, polygon_area, transform_mask, transform_polygons
-from .reading import SampleError, read_image, read_sem_seg
+from .reading import RejectedSample, SampleError, read_image, read_sem_seg
 
 __all__ = ["DetectionMapper", "SemanticMapper", "from_cfg"]
 
 logger = logging.getLogger(__name__)
 
-# Boxes with a side below this many pixels after augmentation are dropped.
-_MIN_SIDE = 1e-5
+_FORMATS = ("BGR", "RGB", "L", "YUV-BT.601")
 
 
 def _to_tensor(image: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
+    """Return (H, W, C) as (C, H, W), several times faster than by copying a transposed view."""
+    planes = np.empty((image.shape[2], *image.shape[:2]), image.dtype)
+    cv2.split(np.ascontiguousarray(image), list(planes))
+    return torch.from_numpy(planes)
+
+
+def _known_format(image_format: str) -> str:
+    if image_format not in _FORMATS:
+        raise UserError(
+            f"INPUT.FORMAT / image_format = {image_format!r}, expected one of {', '.join(_FORMATS)}"
+        )
+    return image_format
 
 
 class DetectionMapper:
@@ -57,6 +69,8 @@ class DetectionMapper:
         use_instance_mask: bool = False,
         instance_mask_format: str = "polygon",
         recompute_boxes: bool = False,
+        min_box_side: float = 1e-5,
+        reject_emptied: bool = False,
         ignore_label: int = 255,
     ):
         """
@@ -69,6 +83,11 @@ class DetectionMapper:
                 get bit masks in either case, since such a mask has no polygon.
             recompute_boxes: draw boxes around the augmented masks instead of transforming the
                 annotated boxes; after a crop they are tighter.
+            min_box_side: objects whose box has a side of at most this many pixels after the
+                augmentations are dropped.
+            reject_emptied: raise a :class:`~d2dense.data.reading.RejectedSample` where that drops
+                all objects that are in view, so that another image is taken. An image without any
+                object in view is kept.
             ignore_label: what "no class" is in ``sem_seg``.
         """
         if instance_mask_format not in ("polygon", "bitmask"):
@@ -82,10 +101,12 @@ class DetectionMapper:
             )
         self.is_train = is_train
         self.augmentations = T.AugmentationList(augmentations)
-        self.image_format = image_format
+        self.image_format = _known_format(image_format)
         self.use_instance_mask = use_instance_mask
         self.instance_mask_format = instance_mask_format
         self.recompute_boxes = recompute_boxes
+        self.min_box_side = min_box_side
+        self.reject_emptied = reject_emptied
         self.ignore_label = ignore_label
 
     def __call__(self, record: dict[str, Any]) -> dict[str, Any]:
@@ -113,7 +134,16 @@ class DetectionMapper:
         masks = None
         if self.use_instance_mask:
             masks = self._masks(annotations, transforms, (height, width), size, record["file_name"])
-        record["instances"] = self._pack(annotations, inputs.boxes, masks, size)
+        boxes = clip_boxes(inputs.boxes.reshape(-1, 4), *size)
+        record["instances"] = self._pack(annotations, boxes, masks, size)
+        in_view = (boxes[:, 2:] > boxes[:, :2]).all(axis=1).any()
+        if self.reject_emptied and in_view and not len(record["instances"]):
+            raise RejectedSample(
+                f"after augmentation no object of {record['file_name']} has sides of more than "
+                f"{self.min_box_side} pixels; lower INPUT.MIN_BOX_SIDE / "
+                "dataloader.train.mapper.min_box_side, or change the augmentations",
+                record["file_name"],
+            )
         return record
 
     def _masks(
@@ -153,26 +183,34 @@ class DetectionMapper:
         size: tuple[int, int],
     ) -> Instances:
         instances = Instances(size)
-        boxes = clip_boxes(boxes.reshape(-1, 4), *size)
         instances.gt_boxes = Boxes(torch.from_numpy(boxes.astype(np.float32)))
         instances.gt_classes = torch.tensor(
             [int(a["category_id"]) for a in annotations], dtype=torch.int64
         )
-        keep = instances.gt_boxes.nonempty(threshold=_MIN_SIDE)
+        keep = instances.gt_boxes.nonempty(threshold=self.min_box_side)
         if masks is not None:
             keep &= masks.nonempty()
             instances.gt_masks = masks
-        if not bool(keep.all()):
-            instances = instances[keep]
+        instances = _select(instances, keep)
         if self.recompute_boxes and len(instances):
             instances.gt_boxes = instances.gt_masks.get_bounding_boxes()
             instances.gt_boxes.clip(size)  # cut polygons end on the border up to rounding
+            keep = instances.gt_boxes.nonempty(threshold=self.min_box_side)
+            instances = _select(instances, keep)
         return instances
+
+
+def _select(instances: Instances, keep: torch.Tensor) -> Instances:
+    return instances if bool(keep.all()) else instances[keep]
 
 
 def _xyxy(annotations: list[dict]) -> np.ndarray:
     """Return the boxes of ``annotations`` as (N, 4) xyxy float64."""
-    rows = [BoxMode.convert(list(a["bbox"]), a["bbox_mode"], BoxMode.XYXY_ABS) for a in annotations]
+    rows = [list(a["bbox"]) for a in annotations]
+    modes = {a["bbox_mode"] for a in annotations}
+    if len(modes) == 1 and all(len(row) == 4 for row in rows):  # as float32, like Detectron2
+        return BoxMode.convert(torch.tensor(rows), modes.pop(), BoxMode.XYXY_ABS).double().numpy()
+    rows = [BoxMode.convert(r, a["bbox_mode"], BoxMode.XYXY_ABS) for r, a in zip(rows, annotations)]
     return np.array(rows, dtype=np.float64).reshape(-1, 4)
 
 
@@ -189,14 +227,30 @@ def _move(
         polygons = [np.asarray(p, dtype=np.float64).reshape(-1, 2) for p in shape]
         inside = [piece for p in polygons for piece in clip_polygon(p, *size)]
         return [p for p in transform_polygons(transforms, inside) if polygon_area(p) > 0]
-    mask = mask_util.decode(shape) if isinstance(shape, dict) else np.asarray(shape, np.uint8)
-    if mask.shape != size:
+    own = tuple(shape["size"] if isinstance(shape, dict) else np.shape(shape))
+    if own != size:  # before decoding, which takes memory for any size that a file claims
         raise SampleError(
-            f"a mask of {file_name} is {mask.shape[1]}x{mask.shape[0]}, but the image is "
-            f"{size[1]}x{size[0]}",
+            f"a mask of {file_name} is {own[1]}x{own[0]}, but the image is {size[1]}x{size[0]}",
             file_name,
         )
+    mask = _decode(shape, file_name) if isinstance(shape, dict) else np.asarray(shape, np.uint8)
     return transform_mask(transforms, mask).astype(bool)
+
+
+def _decode(code: dict[str, Any], file_name: str) -> np.ndarray:
+    """Return a compressed run-length mask as (H, W) uint8."""
+    height, width = code["size"]
+    try:
+        covered = run_total(code)
+    except ValueError as error:
+        raise SampleError(f"a mask of {file_name} cannot be decoded: {error}", file_name) from None
+    if covered != height * width:
+        raise SampleError(
+            f"a mask of {file_name} has runs of {covered} pixels, but is {width}x{height}; correct "
+            "or remove it",
+            file_name,
+        )
+    return mask_util.decode(code)
 
 
 class SemanticMapper:
@@ -220,7 +274,7 @@ class SemanticMapper:
         """
         self.is_train = is_train
         self.augmentations = T.AugmentationList(augmentations)
-        self.image_format = image_format
+        self.image_format = _known_format(image_format)
         self.ignore_label = ignore_label
 
     def __call__(self, record: dict[str, Any]) -> dict[str, Any]:
@@ -283,6 +337,8 @@ def from_cfg(cfg: CfgNode, is_train: bool) -> DetectionMapper | SemanticMapper:
         use_instance_mask=cfg.MODEL.MASK_ON,
         instance_mask_format=cfg.INPUT.MASK_FORMAT,
         recompute_boxes=is_train and _recompute_boxes(cfg),
+        min_box_side=cfg.INPUT.MIN_BOX_SIDE,
+        reject_emptied=cfg.INPUT.REJECT_EMPTIED,
         ignore_label=ignore_label,
     )
 
@@ -325,6 +381,7 @@ def _lsj_steps(cfg: CfgNode) -> list[T.Augmentation]:
         min_scale=cfg.INPUT.LSJ.MIN_SCALE,
         max_scale=cfg.INPUT.LSJ.MAX_SCALE,
         flip=cfg.INPUT.RANDOM_FLIP,
+        pad_value=cfg.INPUT.LSJ.PAD_VALUE,
         ignore_label=cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE,
     )
 

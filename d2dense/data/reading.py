@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Any
+import contextlib
+import os
+import warnings
+from collections.abc import Iterator
+from typing import IO, Any
 
+import cv2
 import numpy as np
 from detectron2.data import detection_utils
 from detectron2.utils.file_io import PathManager
-from PIL import Image
+from PIL import Image, ImageFile, UnidentifiedImageError
 
 from d2dense.errors import UserError
 
-__all__ = ["SampleError", "read_image", "read_label_map", "read_sem_seg"]
+__all__ = [
+    "RejectedSample",
+    "SampleError",
+    "be_strict",
+    "read_image",
+    "read_label_map",
+    "read_sem_seg",
+    "read_size",
+]
 
 
 class SampleError(UserError):
@@ -22,35 +35,107 @@ class SampleError(UserError):
         self.file_name = file_name
 
 
+class RejectedSample(SampleError):
+    """A sample that its random augmentation left of no use, by no fault of its files: another one
+    takes its place without a word.
+    """
+
+
 def read_image(record: dict[str, Any], image_format: str) -> np.ndarray:
     """Read a record's picture as (H, W, C) uint8, EXIF orientation applied, and note its size in
-    the record. Sixteen bits per channel (0 to 65535) are scaled to eight.
+    the record. Sixteen bits per channel (0 to 65535) are scaled to eight, transparency is dropped,
+    and of several frames the first is taken.
 
     Raises:
         SampleError: the file is missing, broken, of floats or 32-bit numbers, or not of the
             annotated size.
     """
     path = record["file_name"]
-    try:
-        image = _read(path, image_format)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise SampleError(f"cannot read image {path}: {error}", path) from None
+    with _naming("image", path):
+        picture, stored = _open(path)
+        image = _to_numpy(_to_8_bits(picture), image_format)
     height, width = image.shape[:2]
     expected = record.setdefault("height", height), record.setdefault("width", width)
-    if expected != (height, width):
-        raise SampleError(
-            f"image {path} is {width}x{height}, but its annotation says "
-            f"{expected[1]}x{expected[0]}; correct the annotation or the file",
-            path,
+    if expected == (height, width):
+        return image
+    correction = "correct the annotation or the file"
+    if expected == stored:
+        correction = (
+            f"that is its size before its EXIF orientation turns it to {width}x{height}, as it is "
+            "seen; annotate the turned picture, or remove the orientation from the file"
         )
-    return image
+    raise SampleError(
+        f"image {path} is {width}x{height}, but its annotation says {expected[1]}x{expected[0]}; "
+        + correction,
+        path,
+    )
 
 
-def _read(path: str, image_format: str) -> np.ndarray:
-    """As Detectron2's ``read_image``, which clips 16-bit grey at 255 and turns it white."""
+def _to_numpy(picture: Image.Image, image_format: str) -> np.ndarray:
+    """As Detectron2's conversion. It returns BGR as a reversed view of RGB, which takes numpy many
+    times longer to copy in every later step than the channels take to be swapped here.
+    """
+    if image_format != "BGR":
+        return detection_utils.convert_PIL_to_numpy(picture, image_format)
+    image = detection_utils.convert_PIL_to_numpy(picture, "RGB")
+    return cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
+
+
+def read_size(path: str) -> tuple[int, int]:
+    """Return the (height, width) that a picture's header states, before any EXIF orientation.
+
+    Raises:
+        SampleError: missing, or no picture.
+    """
+    with _naming("image", path), PathManager.open(path, "rb") as file:
+        width, height = _identify(file).size
+    return height, width
+
+
+def be_strict() -> None:
+    """Have PIL refuse truncated files, which any other library may have allowed, and keep its
+    remarks on large pictures and odd metadata to itself.
+    """
+    ImageFile.LOAD_TRUNCATED_IMAGES = False
+    warnings.filterwarnings("ignore", module=r"PIL\.")
+
+
+@contextlib.contextmanager
+def _naming(kind: str, path: str) -> Iterator[None]:
+    """Turn whatever a decoder raises into a SampleError that names the file, and nothing else."""
+    be_strict()
+    try:
+        yield
+    except UnidentifiedImageError:
+        empty = os.path.isfile(path) and not os.path.getsize(path)
+        reason = "it is empty" if empty else "it is not a picture, or its start is damaged"
+        raise SampleError(f"cannot read {kind} {path}: {reason}", path) from None
+    except Exception as error:  # damaged bytes make decoders raise nearly anything
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise SampleError(f"cannot read {kind} {path}: {reason}", path) from None
+
+
+def _identify(file: IO[bytes]) -> Image.Image:
+    """Open a picture of any format that PIL knows but PostScript, which is a program: Ghostscript
+    would run it, whatever the file's name ends in.
+    """
+    Image.init()  # does nothing the second time
+    return Image.open(file, formats=[name for name in Image.ID if name != "EPS"])
+
+
+def _open(path: str) -> tuple[Image.Image, tuple[int, int]]:
+    """Return the first frame, turned as its EXIF data says, and its (height, width) before that."""
     with PathManager.open(path, "rb") as file:
-        picture = detection_utils._apply_exif_orientation(Image.open(file))
-        return detection_utils.convert_PIL_to_numpy(_to_8_bits(picture), image_format)
+        picture = _identify(file)
+        width, height = picture.size
+        # PIL turns TIFFs itself while it loads them, and then forgets their orientation
+        picture.load()
+        if picture.format == "TIFF" and picture.mode == "I":
+            _check_range(picture)
+            raise ValueError("it holds 32-bit numbers of unknown range; save it with 8 or 16 bits")
+        # PIL warns of a palette with transparency before it drops it
+        picture.info.pop("transparency", None)
+        return detection_utils._apply_exif_orientation(picture), (height, width)
 
 
 def _to_8_bits(picture: Image.Image) -> Image.Image:
@@ -59,11 +144,19 @@ def _to_8_bits(picture: Image.Image) -> Image.Image:
         raise ValueError("it holds floats of unknown range; save it with 8 or 16 bits")
     if picture.mode != "I" and not picture.mode.startswith("I;16"):
         return picture
+    values = _check_range(picture)
+    return Image.fromarray(((values + 128) // 257).astype(np.uint8))
+
+
+def _check_range(picture: Image.Image) -> np.ndarray:
+    """Return the numbers of a grey picture as (H, W) int64.
+
+    A file of 16 bits may open in PIL's 32-bit mode "I", and so does one of 32.
+    """
     values = np.asarray(picture).astype(np.int64)
-    # a file of 16 bits may open in PIL's 32-bit mode "I", and so does one of 32
     if values.min() < 0 or values.max() > 65535:
         raise ValueError("it holds numbers outside 0 to 65535; save it with 8 or 16 bits")
-    return Image.fromarray(((values + 128) // 257).astype(np.uint8))
+    return values
 
 
 def read_label_map(path: str) -> np.ndarray:
@@ -73,17 +166,16 @@ def read_label_map(path: str) -> np.ndarray:
     Raises:
         SampleError: missing, broken, or a colour picture.
     """
-    try:
-        with Image.open(path) as image:
-            labels = np.asarray(image)
-    except (OSError, ValueError, SyntaxError) as error:
-        raise SampleError(f"cannot read label map {path}: {error}", path) from None
+    with _naming("label map", path), PathManager.open(path, "rb") as file:
+        labels = np.asarray(_identify(file))
     if labels.ndim != 2:
         raise SampleError(
             f"label map {path} has {labels.shape[2]} channels, expected one with class "
             "numbers (grey or palette PNG)",
             path,
         )
+    if labels.dtype.kind == "f":
+        raise SampleError(f"label map {path} holds floats, expected whole class numbers", path)
     return labels.astype(np.uint8) if labels.dtype == bool else labels
 
 
@@ -95,7 +187,8 @@ def read_sem_seg(record: dict[str, Any], image: np.ndarray, ignore_label: int) -
         label replaced by ``ignore_label``.
 
     Raises:
-        SampleError: missing, broken, or of another size than the picture.
+        SampleError: missing, broken, of another size than the picture, or with classes that the
+            data set does not have.
     """
     path = record["sem_seg_file_name"]
     labels = read_label_map(path)
@@ -106,6 +199,19 @@ def read_sem_seg(record: dict[str, Any], image: np.ndarray, ignore_label: int) -
             path,
         )
     own = record.get("sem_seg_ignore_label", ignore_label)
+    if "sem_seg_classes" in record:
+        _check_classes(labels, record["sem_seg_classes"], own, path)
     if own != ignore_label:
         labels = np.where(labels == own, np.array(ignore_label, labels.dtype), labels)
     return labels if labels.dtype == np.uint8 else labels.astype(np.float32)
+
+
+def _check_classes(labels: np.ndarray, count: int, ignore_label: int, path: str) -> None:
+    wrong = labels[((labels < 0) | (labels >= count)) & (labels != ignore_label)]
+    if wrong.size:
+        raise SampleError(
+            f"label map {path} has class {wrong[0]}, but its data set has the classes 0 to "
+            f"{count - 1} and ignores {ignore_label}; correct the file, the class list or the "
+            "ignore label",
+            path,
+        )

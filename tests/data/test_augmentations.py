@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import colorsys
 
+import cv2
 import numpy as np
 import pytest
 from detectron2.data import transforms as T
 
 from d2dense.data import augmentations
 from d2dense.data.augmentations import PhotometricDistortion, RandomCropPad, ScaleJitter
+from d2dense.data.geometry import transform_mask, transform_polygons
 from d2dense.errors import UserError
 
 
@@ -102,6 +104,42 @@ def test_random_crop_reaches_every_corner_and_pads_right_and_below():
     assert (inputs.sem_seg[6:] == 9).all()
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
+def test_lsj_makes_the_pixels_of_a_resize_followed_by_a_crop(channels, dtype):
+    rng = np.random.default_rng(0)
+    jitter = ScaleJitter(image_size=50, min_scale=0.2, max_scale=2.5)
+    crop = RandomCropPad(crop_size=50, pad_value=7, ignore_label=9)
+    both = augmentations.JitterAndCrop(jitter=jitter, crop=crop)
+    differ, total = 0, 0
+    for seed in range(120):
+        height, width = rng.integers(20, 90, 2)
+        image = rng.integers(0, 256, (height, width, channels)).astype(dtype)
+        labels = rng.integers(0, 5, (height, width)).astype(np.uint8)
+        boxes = np.sort(rng.uniform(0, (width, height), (4, 2, 2)), axis=1).reshape(4, 4)
+        triangle = rng.uniform(0, (width, height), (3, 2))
+        results = []
+        for steps in ([jitter, crop], [both]):
+            np.random.seed(seed)
+            inputs = T.AugInput(image, boxes=boxes, sem_seg=labels)
+            transforms = T.AugmentationList(steps)(inputs)
+            polygons = transform_polygons(transforms, [triangle])
+            results.append((inputs, transform_mask(transforms, labels % 2), polygons))
+        (one, one_mask, one_pieces), (two, two_mask, two_pieces) = results
+        for first, second in zip(one_pieces, two_pieces, strict=True):
+            assert (first == second).all()
+        assert (one.boxes == two.boxes).all()
+        assert (one.sem_seg == two.sem_seg).all()
+        assert (one_mask == two_mask).all()
+        assert two.image.shape == (50, 50, channels)
+        assert two.image.dtype == dtype
+        gap = np.abs(one.image.astype(float) - two.image)
+        # PIL takes the borders of the crop as float32, and rounds after each of two passes
+        assert gap.max() <= 2
+        differ, total = differ + np.count_nonzero(gap), total + gap.size
+    assert differ / total < 0.01
+
+
 def test_semantic_crop_avoids_one_class():
     labels = np.zeros((40, 80), np.uint8)
     labels[:, 60:] = 1
@@ -167,3 +205,53 @@ def test_recipes_print_and_their_order_is_a_plain_list():
     steps = augmentations.lsj(image_size=64)
     assert isinstance(steps, list)
     assert "ScaleJitter" in str(T.AugmentationList(steps))
+
+
+@pytest.mark.parametrize("view", ["whole", "mirrored", "upside down", "crop", "channels reversed"])
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32, np.int64])
+def test_resize_and_flip_give_detectron2s_values(view, dtype):
+    whole = np.random.default_rng(0).integers(0, 255, (31, 47, 3)).astype(dtype)
+    image = {
+        "whole": whole,
+        "mirrored": whole[:, ::-1],
+        "upside down": whole[::-1],
+        "crop": whole[3:20, 5:40],
+        "channels reversed": whole[..., ::-1],
+    }[view]
+    pairs = [(augmentations.RandomFlip(prob=1.0), T.RandomFlip(prob=1.0))]
+    if dtype != np.int64:  # torch cannot interpolate whole numbers
+        options = {"short_edge_length": [52], "sample_style": "choice"}
+        pairs.append((augmentations.ResizeShortestEdge(**options), T.ResizeShortestEdge(**options)))
+    for ours, theirs in pairs:
+        for part in (image, image[..., :1], image[..., 0]):
+            transforms = [step.get_transform(part) for step in (ours, theirs)]
+            labels = [t.apply_segmentation(part) for t in transforms]
+            assert np.array_equal(*labels)
+            if part.ndim == 3:
+                assert np.array_equal(*(t.apply_image(part) for t in transforms))
+        assert np.array_equal(*(t.apply_box([[1.0, 2, 8, 9]]) for t in transforms))
+        assert isinstance(transforms[0], type(transforms[1]))
+
+
+def test_a_size_of_zero_still_keeps_the_image():
+    image = np.zeros((4, 5, 3), np.uint8)
+    steps = augmentations.default(is_train=False, min_size=0)
+    assert steps[0].get_transform(image).apply_image(image) is image
+
+
+def test_distortion_equals_its_formula_pixel_by_pixel():
+    image = np.random.default_rng(1).integers(0, 256, (40, 30, 3), dtype=np.uint8)
+    hsv = cv2.cvtColor(image, cv2.COLOR_RGB2HSV)
+    hsv[..., 0] = (hsv[..., 0].astype(int) + 18) % 180
+    hsv[..., 1] = np.clip(hsv[..., 1] * np.float32(1.3), 0, 255).astype(np.uint8)
+    expected = cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)
+    transform = augmentations._ColorTransform(
+        brightness=0.0, contrast=1.0, saturation=1.3, hue=36.0, contrast_last=False, is_rgb=True
+    )
+    assert np.array_equal(transform.apply_image(image), expected)
+    transform = augmentations._ColorTransform(
+        brightness=-20.0, contrast=1.4, saturation=1.0, hue=0.0, contrast_last=True, is_rgb=True
+    )
+    darker = np.clip(image.astype(np.float32) - 20, 0, 255).astype(np.uint8)
+    brighter = np.clip(darker * np.float32(1.4), 0, 255).astype(np.uint8)
+    assert np.array_equal(transform.apply_image(image), brighter)

@@ -85,7 +85,9 @@ def test_a_custom_training_set_alone_names_the_slot_that_is_missing(names):
     assert cfg.model.head.num_classes == 80
 
 
-@pytest.mark.parametrize("architecture", ["GeneralizedRCNN", "RetinaNet", "SemanticSegmentor"])
+@pytest.mark.parametrize(
+    "architecture", ["GeneralizedRCNN", "RetinaNet", "BatchRetinaNet", "SemanticSegmentor"]
+)
 def test_yaml_mismatch_names_the_key_and_auto_is_resolved(names, architecture):
     semantic = architecture == "SemanticSegmentor"
     name, count = (names["stuff"], 4) if semantic else (names["train"], 3)

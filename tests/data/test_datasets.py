@@ -68,6 +68,10 @@ def test_slots_of_any_name_and_case_are_registered_and_empty_ones_are_not(tiny):
         ({"json": ["x", "y"], "images": "z"}, "expected one value"),
         ({"kind": "cityscapes", "images": "x", "labels": "y", "task": "depth"}, "task = 'depth'"),
         ("x.json", "expected entries such as"),
+        ({"kind": ["x"], "json": "x"}, "expected one value"),
+        ({"images": "x", "labels": "y", "classes": 3.5, "ignore_label": "x"}, "whole number"),
+        ({"images": "x", "labels": "y", "classes": [["a"]]}, "expected names or a file"),
+        ({"json": {"a": 1}, "images": "y"}, "expected one value"),
     ],
 )
 def test_wrong_entries_are_named(entries, message):
@@ -140,6 +144,12 @@ def test_unusable_annotations_are_named(tiny, change, message):
         datasets.load(name)
 
 
+@pytest.mark.parametrize("slots", [None, "x", [1], 3])
+def test_slots_that_are_none_are_named(slots):
+    with pytest.raises(UserError, match="expected slots such as"):
+        register_custom(slots)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -207,7 +217,7 @@ def test_lvis_records_equal_detectron2s(shared_data):
     for record in theirs:
         for a in record["annotations"]:
             a["iscrowd"] = 0
-    assert ours == theirs
+    assert list(ours) == theirs
     metadata = MetadataCatalog.get(name)
     assert metadata.thing_classes[0] == "acorn"
     assert len(metadata.thing_classes) == 1230
@@ -347,6 +357,9 @@ def test_wrong_class_lists_are_named(tmp_path):
     (tmp_path / "b.json").write_text("[")
     with pytest.raises(UserError, match="not valid json"):
         custom(classes=str(tmp_path / "b.json"), **entries)
+    (tmp_path / "d.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(UserError, match="not text in UTF-8"):
+        custom(classes=str(tmp_path / "d.txt"), **entries)
     with pytest.raises(UserError, match=r"c\.txt does not exist"):
         datasets.load(custom(classes=str(tmp_path / "c.txt"), **entries))
 

@@ -246,6 +246,7 @@ def test_yaml_keys_reach_the_loader(name, monkeypatch):
     cfg.DATALOADER.NUM_WORKERS, cfg.DATALOADER.ASPECT_RATIO_GROUPING = 1, False
     cfg.DATALOADER.SAMPLER_TRAIN = "RepeatFactorTrainingSampler"
     cfg.DATALOADER.REPEAT_THRESHOLD = 0.1
+    cfg.DATALOADER.MAX_BAD_SHARE = 0.25
     cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS = False
     loaders.train_from_cfg(cfg, start_batch=4)
     assert len(seen.pop("dataset")) == 4
@@ -257,6 +258,8 @@ def test_yaml_keys_reach_the_loader(name, monkeypatch):
         "aspect_ratio_grouping": False,
         "sampler": "repeat_factor",
         "repeat_threshold": 0.1,
+        "copy_paste": None,
+        "max_bad_share": 0.25,
         "start_batch": 4,
     }
     cfg.DATALOADER.SAMPLER_TRAIN = "Other"
