@@ -10,9 +10,14 @@ import torch
 from detectron2.structures import Boxes, Instances
 from tabulate import tabulate
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 __all__ = ["analyze", "count_macs", "count_parameters", "detection_input", "format_report"]
+
+
+# Products of activations with activations; those with weights are other operators.
+_ATTENTION = (torch.ops.aten.bmm, torch.ops.aten.baddbmm)
 
 
 def count_parameters(model: nn.Module) -> dict[str, int]:
@@ -57,6 +62,39 @@ def _all_proposals(model: nn.Module) -> Iterator[None]:
         handle.remove()
 
 
+@contextmanager
+def _all_detections(model: nn.Module) -> Iterator[None]:
+    """Let mask and keypoint branches see as many detections as there are at most."""
+    heads = getattr(model, "roi_heads", None)
+    predictor = getattr(heads, "box_predictor", None)
+    if isinstance(predictor, nn.ModuleList):
+        predictor = predictor[-1]
+    count = getattr(predictor, "test_topk_per_image", -1)
+    if count < 0 or not hasattr(heads, "forward_with_given_boxes"):
+        yield
+        return
+    given = heads.forward_with_given_boxes
+
+    def replace(features: Any, detections: list[Instances]) -> Any:
+        return given(features, [_spread_detections(count, each) for each in detections])
+
+    heads.forward_with_given_boxes = replace  # hides the method of the class
+    try:
+        yield
+    finally:
+        del heads.forward_with_given_boxes
+
+
+def _spread_detections(count: int, like: Instances) -> Instances:
+    """Return detections of class 0 with the boxes of :func:`_spread_boxes`."""
+    device = like.pred_boxes.device
+    found = Instances(like.image_size)
+    found.pred_boxes = _spread_boxes(count, like.image_size).proposal_boxes.to(device)
+    found.scores = torch.ones(count, device=device)
+    found.pred_classes = torch.zeros(count, dtype=torch.int64, device=device)
+    return found
+
+
 def _spread_boxes(count: int, size: tuple[int, int]) -> Instances:
     """Return boxes of all positions and sizes within an image of (height, width)."""
     numbers = torch.rand(count, 4, generator=torch.Generator().manual_seed(0))
@@ -70,19 +108,29 @@ def _spread_boxes(count: int, size: tuple[int, int]) -> Instances:
 
 
 @torch.no_grad()
-def count_macs(model: nn.Module, inputs: Any) -> dict[str, int]:
+def count_macs(model: nn.Module, inputs: Any, *, attention: bool = True) -> dict[str, int]:
     """Return the multiply-accumulates of one forward pass under each module name; ``""`` is the
     whole model.
 
     Counted are convolutions, matrix products and attention, in eval mode; normalisation,
     activations, resampling, RoIAlign and NMS are not. A two-stage detector gets its largest number
-    of proposals; a mask branch runs on the detections that the weights give.
+    of proposals, and its mask branch the largest number of detections.
+
+    Args:
+        attention: count products of activations with activations too. The counters behind most
+            published figures only see layers with weights.
     """
     was_training = model.training
     counter = FlopCounterMode(display=False)
     model.eval()
     try:
-        with _all_proposals(model), counter:
+        # fused attention is counted on some devices only, its parts on all
+        with (
+            _all_proposals(model),
+            _all_detections(model),
+            sdpa_kernel(SDPBackend.MATH),
+            counter,
+        ):
             model(inputs)
     finally:
         model.train(was_training)
@@ -91,10 +139,13 @@ def count_macs(model: nn.Module, inputs: Any) -> dict[str, int]:
     for name, operators in counter.get_flop_counts().items():
         # the counter prefixes every name with the root's class name and reports two operations per
         # MAC
-        if name in ("Global", root):
-            table[""] = sum(operators.values()) // 2
-        else:
-            table[name.removeprefix(f"{root}.")] = sum(operators.values()) // 2
+        counted = sum(
+            count
+            for operator, count in operators.items()
+            if attention or operator not in _ATTENTION
+        )
+        key = "" if name in ("Global", root) else name.removeprefix(f"{root}.")
+        table[key] = counted // 2
     for name, module in reversed(list(model.named_modules())):
         # a container whose forward is never called costs what its children cost
         parts = [f"{name}.{child}" for child, _ in module.named_children()]
@@ -104,7 +155,12 @@ def count_macs(model: nn.Module, inputs: Any) -> dict[str, int]:
 
 
 def analyze(
-    model: nn.Module, *, tasks: list[str], input_size: tuple[int, int], device: str = "cpu"
+    model: nn.Module,
+    *,
+    tasks: list[str],
+    input_size: tuple[int, int],
+    device: str = "cpu",
+    attention: bool = True,
 ) -> dict[str, Any]:
     """Return a JSON-ready report with ``params``, ``macs``, ``structure`` as asked for in
     ``tasks``.
@@ -112,6 +168,7 @@ def analyze(
     Args:
         tasks: any of ``params``, ``flops``, ``structure``.
         input_size: (height, width) of the image behind ``macs``, batch 1.
+        attention: see :func:`count_macs`.
     """
     report: dict[str, Any] = {"input_size": list(input_size)}
     modules: dict[str, dict[str, int]] = {}
@@ -121,7 +178,8 @@ def analyze(
         for name, count in counts.items():
             modules.setdefault(name, {})["params"] = count
     if "flops" in tasks:
-        counts = count_macs(model, detection_input(*input_size, device=device))
+        inputs = detection_input(*input_size, device=device)
+        counts = count_macs(model, inputs, attention=attention)
         report["macs"] = counts[""]
         for name, count in counts.items():
             modules.setdefault(name, {})["macs"] = count

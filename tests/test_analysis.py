@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 
+import pytest
+import torch
+from detectron2.config import instantiate
 from torch import nn
 
 from d2dense import analysis, model_zoo
+from d2dense.config import detectors
 from tools import analyze_model
 
 
@@ -34,6 +38,25 @@ def test_counts_equal_closed_forms():
     assert model.training
 
 
+class Attending(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.qkv = nn.Linear(8, 24)
+
+    def forward(self, batch):
+        x = batch[0]["image"].float().reshape(1, 6, 8)
+        q, k, v = self.qkv(x).chunk(3, -1)
+        fused = nn.functional.scaled_dot_product_attention(q[None], k[None], v[None])
+        return fused + (q @ k.transpose(1, 2)) @ v
+
+
+def test_attention_is_counted_as_products_with_and_without_a_fused_operator():
+    image = [{"image": torch.ones(3, 4, 4)}]
+    linear, products = 6 * 8 * 24, 2 * (6 * 8 * 6)
+    assert analysis.count_macs(Attending(), image)[""] == linear + 2 * products
+    assert analysis.count_macs(Attending(), image, attention=False)[""] == linear
+
+
 def test_second_stage_is_counted_for_all_its_proposals_whatever_the_weights():
     model = model_zoo.get_model("FSCascade/cascade_rcnn_r50_fpn_1x")
     macs = analysis.count_macs(model, analysis.detection_input(64, 64))
@@ -42,6 +65,17 @@ def test_second_stage_is_counted_for_all_its_proposals_whatever_the_weights():
     # the last stage alone classifies, every stage moves the boxes
     assert macs["roi_heads.box_predictor"] == 1000 * (1024 * 81 + 3 * 1024 * 4)
     assert macs["roi_heads"] == macs["roi_heads.box_head"] + macs["roi_heads.box_predictor"]
+
+
+@pytest.mark.parametrize("detector", ["mask_rcnn", "cascade_mask_rcnn"])
+def test_masks_are_counted_for_all_detections_whatever_the_weights(detector):
+    pyramid = detectors.timm_fpn("test_convnext", width=64, channels=16)
+    model = instantiate(getattr(detectors, detector)(backbone=pyramid, channels=16))
+    macs = analysis.count_macs(model, analysis.detection_input(64, 64))
+    per_box = 14 * 14 * (4 * 16 * 16 * 9 + 16 * 16 * 4) + 28 * 28 * 16 * 80
+    heads = 3 if detector == "cascade_mask_rcnn" else 1
+    assert macs["roi_heads.mask_head"] == heads * 100 * per_box
+    assert "forward_with_given_boxes" not in vars(model.roi_heads)
 
 
 def test_tool_writes_json_for_both_kinds(tmp_path, capsys):

@@ -15,6 +15,12 @@ def main(argv=None):
         "--tasks", nargs="+", choices=["params", "flops", "structure"], default=["params", "flops"]
     )
     parser.add_argument("--input-size", nargs=2, type=int, default=[800, 1280], metavar=("H", "W"))
+    parser.add_argument(
+        "--without-attention",
+        action="store_true",
+        help="leave products of activations with activations out of the MACs, as most published "
+        "figures do",
+    )
     parser.add_argument("--depth", type=int, default=2, help="levels of modules to print")
     parser.add_argument("--json", type=Path, help="also write the whole report here")
     parser.add_argument("overrides", nargs="*", help="KEY VALUE or key=value")
@@ -22,7 +28,12 @@ def main(argv=None):
     if min(args.input_size) < 1:
         raise UserError(f"--input-size is {args.input_size}, expected two positive numbers")
     model = config.build_model(config.load(args.config_file, args.overrides), device="cpu")
-    report = analysis.analyze(model, tasks=args.tasks, input_size=tuple(args.input_size))
+    report = analysis.analyze(
+        model,
+        tasks=args.tasks,
+        input_size=tuple(args.input_size),
+        attention=not args.without_attention,
+    )
     print(analysis.format_report(report, depth=args.depth))
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)

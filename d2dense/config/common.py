@@ -68,6 +68,10 @@ def train(**changes) -> DictConfig:
             "channels_last": False,
             "compile": False,
             "activation_checkpointing": False,
+            "sharding": "none",  # or "zero1" (optimizer state) | "fsdp" (weights too)
+            "non_finite": {"policy": "raise", "max_skips": 20},  # policy: raise | skip
+            "lr_scaling": {"rule": "none", "reference_batch": 16},  # rule: none | linear | sqrt
+            "reinit_misshaped": False,  # True: initial weights of another shape are left out
             "allow_pickle": False,
             "class_count": "check",  # or "auto": every model.*.num_classes from the data
         },
@@ -79,7 +83,9 @@ def train(**changes) -> DictConfig:
 def _loader(
     *, mapper, train, test, train_augmentations, test_augmentations, batch_size, workers, **kw
 ):
-    grouping = {"aspect_ratio_grouping": kw.pop("aspect_ratio_grouping")}
+    loading = {"aspect_ratio_grouping": kw.pop("aspect_ratio_grouping")}
+    if "copy_paste" in kw:
+        loading["copy_paste"] = kw.pop("copy_paste")
     train_only = kw.pop("train_only", {})
     return OmegaConf.create(
         {
@@ -92,7 +98,8 @@ def _loader(
                 ),
                 total_batch_size=batch_size,
                 num_workers=workers,
-                **grouping,
+                max_bad_share=0.1,
+                **loading,
             ),
             "test": L(loaders.build_test_loader)(
                 dataset=L(loaders.get_dataset_dicts)(names=test, filter_empty=False),
@@ -114,6 +121,10 @@ def detection_loader(
     test_augmentations: DictConfig | None = None,
     masks: bool = False,
     mask_format: str = "polygon",
+    recompute_boxes: bool = False,
+    min_box_side: float = 1e-5,
+    reject_emptied: bool = False,
+    copy_paste: DictConfig | None = None,
     batch_size: int = 16,
     workers: int = 4,
     image_format: str = "BGR",
@@ -124,6 +135,9 @@ def detection_loader(
     Args:
         train, test: a dataset name or several; each test set is evaluated on its own.
         train_augmentations, test_augmentations: lazy nodes of :mod:`d2dense.data.augmentations`.
+        masks, mask_format, recompute_boxes, min_box_side, reject_emptied: see
+            :class:`~d2dense.data.mappers.DetectionMapper`.
+        copy_paste: a lazy node of :class:`~d2dense.data.copy_paste.CopyPaste`.
         batch_size: images per step over all processes and accumulation steps.
     """
     return _loader(
@@ -137,7 +151,14 @@ def detection_loader(
         image_format=image_format,
         filter_empty=filter_empty,
         aspect_ratio_grouping=True,
-        train_only={"use_instance_mask": masks, "instance_mask_format": mask_format},
+        copy_paste=copy_paste,
+        train_only={
+            "use_instance_mask": masks,
+            "instance_mask_format": mask_format,
+            "recompute_boxes": recompute_boxes,
+            "min_box_side": min_box_side,
+            "reject_emptied": reject_emptied,
+        },
     )
 
 
@@ -192,16 +213,24 @@ def adamw(
     lr: float = 1e-4,
     betas: Sequence[float] = (0.9, 0.999),
     weight_decay: float = 0.05,
+    weight_decay_1d: float | None = None,
+    weight_decay_heads: float | None = None,
     layer_decay: float = 1.0,
 ) -> DictConfig:
     """Return an AdamW node; norm layers are not decayed. Its ``params.model`` is set by the
     launcher.
+
+    Args:
+        weight_decay_1d, weight_decay_heads, layer_decay: see
+            :func:`d2dense.engine.optim.param_groups`.
     """
     return L(torch.optim.AdamW)(
         params=L(param_groups)(
             base_lr="${..lr}",
             weight_decay="${..weight_decay}",
             weight_decay_norm=0.0,
+            weight_decay_1d=weight_decay_1d,
+            weight_decay_heads=weight_decay_heads,
             layer_decay=layer_decay,
         ),
         lr=lr,

@@ -7,7 +7,10 @@ from __future__ import annotations
 from detectron2.config import CfgNode as CN
 from detectron2.config import get_cfg as _detectron2_cfg
 
-from d2dense import projects
+from d2dense import (
+    modeling,  # noqa: F401  registers its classes
+    projects,
+)
 
 __all__ = ["add_d2dense_config", "get_cfg"]
 
@@ -27,6 +30,7 @@ def add_d2dense_config(cfg: CN) -> None:
     _add_data_keys(cfg)
     _add_solver_keys(cfg)
     _add_run_keys(cfg)
+    _add_model_keys(cfg)
 
 
 def _add_data_keys(cfg: CN) -> None:
@@ -36,16 +40,31 @@ def _add_data_keys(cfg: CN) -> None:
     cfg.DATASETS.CUSTOM = CN(new_allowed=True)
     # "check": the model's class count must equal the data's; "auto": it is taken from the data.
     cfg.DATASETS.CLASS_COUNT = "check"
+    # Share of the training samples that may be unreadable (they are replaced) before the run stops;
+    # 0 stops at the first.
+    cfg.DATALOADER.MAX_BAD_SHARE = 0.1
     # Images per batch in evaluation, per process.
     cfg.DATALOADER.TEST_BATCH_SIZE = 1
     # Which recipe of data/augmentations.py the mapper uses: "default", "detr", "lsj" or "semantic".
     cfg.INPUT.MAPPER = "default"
     # Recompute boxes from the augmented masks (tighter after crops).
     cfg.INPUT.RECOMPUTE_BOXES = False
+    # Objects whose box has a side of at most this many pixels after augmentation are dropped.
+    cfg.INPUT.MIN_BOX_SIDE = 1e-5
+    # Take another image where that drops all objects that are in view.
+    cfg.INPUT.REJECT_EMPTIED = False
     # "detr": shorter sides to choose from before the crop, and the crop's size range in pixels.
     cfg.INPUT.DETR = CN({"CROP_MIN_SIZES": (400, 500, 600), "CROP_RANGE": (384, 600)})
-    # "lsj": side of the square training image, and the range of its random scale.
+    # "lsj": side of the square training image, the range of its random scale, and the value of its
+    # padding for all channels or for each.
     cfg.INPUT.LSJ = CN({"IMAGE_SIZE": 1024, "MIN_SCALE": 0.1, "MAX_SCALE": 2.0})
+    cfg.INPUT.LSJ.PAD_VALUE = (128.0,)
+    # Paste objects of a second image into a share PROB of the training images (the other keys are
+    # explained in data/copy_paste.py). CORRECTED: by shape, and what is covered is cut off.
+    cfg.INPUT.COPY_PASTE = CN({"ENABLED": False, "PROB": 0.5, "MAX_IOU": 0.2, "MAX_OBJECTS": 7})
+    cfg.INPUT.COPY_PASTE.MARGIN = 15
+    cfg.INPUT.COPY_PASTE.CORRECTED = False
+    cfg.INPUT.COPY_PASTE.MIN_VISIBLE = 0.25
     # "semantic": photometric distortion, and the largest share one class may have in a crop.
     cfg.INPUT.COLOR_DISTORTION = True
     cfg.INPUT.CROP.SINGLE_CATEGORY_MAX_AREA = 1.0
@@ -59,6 +78,11 @@ def _add_solver_keys(cfg: CN) -> None:
     cfg.SOLVER.LAYER_DECAY = 1.0
     # Pairs [part of a parameter's name, factor on its lr]; the first match counts.
     cfg.SOLVER.LR_MULTIPLIERS = []
+    # Weight decay of parameters with at most one dimension (layer scales, norms, biases) where
+    # WEIGHT_DECAY_NORM and WEIGHT_DECAY_BIAS say nothing; None is no rule.
+    cfg.SOLVER.WEIGHT_DECAY_1D = None
+    # Weight decay of everything outside the backbone, norms and biases included; None is no rule.
+    cfg.SOLVER.WEIGHT_DECAY_HEADS = None
     # Parameters whose name holds one of these get no weight decay.
     cfg.SOLVER.NO_DECAY_NAMES = ()
     # LR_SCHEDULER_NAME "WarmupPolyLR": lr * (1 - t)^power, down to BASE_LR_END.
@@ -67,6 +91,9 @@ def _add_solver_keys(cfg: CN) -> None:
     cfg.SOLVER.AMP.DTYPE = "float16"
     # Batches of IMS_PER_BATCH / ACCUMULATION_STEPS whose gradients add up to one step.
     cfg.SOLVER.ACCUMULATION_STEPS = 1
+    # How the learning rates follow IMS_PER_BATCH / REFERENCE_BATCH: "none", "linear" or "sqrt".
+    # (Detectron2's own REFERENCE_WORLD_SIZE scales batch, rate and schedule with the processes.)
+    cfg.SOLVER.LR_SCALING = CN({"RULE": "none", "REFERENCE_BATCH": 16})
     # How many periodic checkpoints stay; 0 keeps all.
     cfg.SOLVER.CHECKPOINT_KEEP = 0
     # Exponential moving average of the weights: decay per step, ramped up when WARMUP, used in
@@ -83,6 +110,14 @@ def _add_run_keys(cfg: CN) -> None:
     # Recompute activations in backward for every module that offers set_grad_checkpointing().
     cfg.TRAIN.ACTIVATION_CHECKPOINTING = False
     cfg.TRAIN.FIND_UNUSED_PARAMETERS = False
+    # What the processes share out: "none", "zero1" (optimizer state) or "fsdp" (weights too).
+    cfg.TRAIN.SHARDING = "none"
+    # A loss or gradient that is not finite: "raise" ends the run, "skip" leaves the step out, up to
+    # MAX_SKIPS times.
+    cfg.TRAIN.NON_FINITE = CN({"POLICY": "raise", "MAX_SKIPS": 20})
+    # Initial weights of another shape (other classes) keep their fresh values instead of being an
+    # error.
+    cfg.TRAIN.REINIT_MISSHAPED = False
     # Pickled model files can run code; they load only with this set.
     cfg.TRAIN.ALLOW_PICKLE = False
     # Metric that decides model_best.pth and early stop, e.g. "bbox/AP" or
@@ -91,3 +126,34 @@ def _add_run_keys(cfg: CN) -> None:
     cfg.TEST.BEST_MODE = "max"
     # Evaluations without a new best before the run stops; 0 is off.
     cfg.TEST.EARLY_STOP_PATIENCE = 0
+
+
+def _add_model_keys(cfg: CN) -> None:
+    # META_ARCHITECTURE "BatchRetinaNet" (modeling/retinanet.py): losses are divided by the
+    # "positives" of the batch, or by their "running_average" as in Detectron2.
+    cfg.MODEL.RETINANET.LOSS_NORMALIZER = "positives"
+    # Anchors that overlap an object most, at any IoU (modeling/matcher.py): "none" of them are
+    # positive, or they get the object that they overlap "best", or their "own".
+    cfg.MODEL.RETINANET.LOW_QUALITY_MATCHES = "best"
+    # ROI_HEADS.NAME "FlexibleCascadeROIHeads" (modeling/cascade.py): factor of each stage's losses,
+    cfg.MODEL.ROI_BOX_CASCADE_HEAD.STAGE_LOSS_WEIGHTS = [1.0, 1.0, 1.0]
+    # whether gradients at the pooled features are divided by the number of stages,
+    cfg.MODEL.ROI_BOX_CASCADE_HEAD.SCALE_GRADIENTS = True
+    # what is averaged over the stages ("probabilities" or "logits"),
+    cfg.MODEL.ROI_BOX_CASCADE_HEAD.SCORE_AVERAGE = "probabilities"
+    # and whether each stage has a mask head of its own.
+    cfg.MODEL.ROI_MASK_HEAD.PER_STAGE = False
+    # BACKBONE.NAME "TimmBackbone", "build_timm_fpn_backbone", "build_retinanet_timm_fpn_backbone"
+    # (modeling/timm_backbone.py): timm's name of the model,
+    cfg.MODEL.TIMM = CN({"NAME": "convnext_tiny"})
+    # which of its feature maps, and which of them are returned ("res2"...; none named: all),
+    cfg.MODEL.TIMM.OUT_INDICES = [0, 1, 2, 3]
+    cfg.MODEL.TIMM.OUT_FEATURES = []
+    # drop path of the last block,
+    cfg.MODEL.TIMM.DROP_PATH = 0.0
+    # what batch norms become ("FrozenBN", "SyncBN", "" to stay), and the norm of feature maps,
+    cfg.MODEL.TIMM.NORM = ""
+    cfg.MODEL.TIMM.OUT_NORM = ""
+    # and initial weights: timm's own, or a file.
+    cfg.MODEL.TIMM.PRETRAINED = False
+    cfg.MODEL.TIMM.WEIGHTS = ""

@@ -5,10 +5,11 @@ again by it.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+import re
+import types
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-from detectron2.config import instantiate
 from detectron2.utils.registry import _convert_target_to_string, locate
 from omegaconf import DictConfig, ListConfig, OmegaConf, SCMode
 
@@ -17,12 +18,42 @@ from d2dense.errors import UserError
 
 from .text import to_yaml
 
-__all__ = ["check_targets", "dump", "named", "target_of", "walk"]
+__all__ = ["check_call", "check_targets", "dump", "named", "target_of", "walk"]
 
-# Packages whose classes and functions a yaml file may name. A .py config is code and may name
-# anything.
-_TRUSTED = ("d2dense", "detectron2", "fvcore", "timm", "torch.nn", "torch.optim", "torchvision")
+# Modules whose own classes and functions yaml files and overrides may name: what models, loaders,
+# evaluators and optimizers are made of. A .py config is code and may name anything.
+_TRUSTED = (
+    "d2dense.data",
+    "d2dense.engine.optim",
+    "d2dense.engine.schedule",
+    "d2dense.evaluation",
+    "d2dense.layers",
+    "d2dense.modeling",
+    "detectron2.data",
+    "detectron2.evaluation",
+    "detectron2.layers",
+    "detectron2.modeling",
+    "detectron2.solver",
+    "detectron2.structures",
+    "fvcore.common.param_scheduler",
+    "fvcore.nn",
+    "fvcore.transforms",
+    "timm.layers",
+    "timm.models",
+    "timm.optim",
+    "torch.nn",
+    "torch.optim",
+    "torchvision.models",
+    "torchvision.ops",
+    "torchvision.transforms",
+)
+# Parts of those that write files, fetch them or call what they are given.
+_REFUSED = ("d2dense.data.child", "d2dense.data.shapes", "detectron2.data.datasets")
 _NAMED = "d2dense.config.lazy.named"
+
+_DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
+# ${key} is a reference; ${name:...} calls a resolver of omegaconf, which can make new nodes.
+_RESOLVER = re.compile(r"\$\{[^}]*:")
 
 
 def named(*, name: str) -> Any:
@@ -102,29 +133,70 @@ def _name_of(value: Any, key: str) -> str:
     return name
 
 
-def check_targets(cfg: DictConfig, source: str) -> None:
-    """Refuse a yaml file that names a callable outside the trusted packages: data must not choose
-    what runs.
+def check_targets(data: Any, source: str, key: str = "") -> None:
+    """Refuse values that let text choose what runs: every ``_target_`` in ``data`` must be a class
+    or function of a trusted module, by its plain name.
+
+    Args:
+        data: nested dicts and lists, as read from yaml or an override.
+        source: of the data, for messages.
+        key: under which the data stands.
 
     Raises:
         UserError: naming the key and the target.
     """
-    trusted = (*_TRUSTED, *(module.__name__ for module in projects.import_all().values()))
-    for key, value in walk(cfg):
-        leaf = key.rsplit(".", 1)[-1]
-        parent = OmegaConf.select(cfg, key.rpartition(".")[0]) if "." in key else cfg
-        is_named = (
-            leaf == "name" and isinstance(parent, DictConfig) and parent.get("_target_") == _NAMED
+    if isinstance(data, dict):
+        check_call(data, source, key)
+        for name, value in data.items():
+            check_targets(value, source, f"{key}.{name}" if key else str(name))
+    elif isinstance(data, (list, tuple)):
+        for index, value in enumerate(data):
+            check_targets(value, source, f"{key}.{index}" if key else str(index))
+    elif isinstance(data, str) and _RESOLVER.search(data):
+        raise UserError(
+            f"{source}: {key} = {data!r} calls a resolver; only references such as "
+            "${train.max_iter} are possible"
         )
-        if (leaf == "_target_" or is_named) and not any(
-            str(value) == root or str(value).startswith(f"{root}.") for root in trusted
-        ):
-            raise UserError(
-                f"{source}: {key} names {value!r}, outside the packages a yaml config may call "
-                f"({', '.join(trusted)}); write it as a .py config instead"
-            )
 
 
-def build(node: Any) -> Any:
-    """Instantiate a lazy node (re-exported so that callers need one import)."""
-    return instantiate(node)
+def check_call(node: Mapping[str, Any], source: str, key: str) -> None:
+    """Check the target of one node, see :func:`check_targets`; callables (of a .py config) pass."""
+    target = node.get("_target_")
+    if "_target_" not in node or callable(target):
+        return
+    if target == _NAMED:
+        key, target = f"{key}.name", node.get("name")
+    else:
+        key = f"{key}._target_"
+    if not isinstance(target, str) or not _is_trusted(target):
+        raise UserError(
+            f"{source}: {key.lstrip('.')} names {target!r}, which is no class or function of the "
+            "modules that yaml and overrides may call (building blocks of Detectron2, d2dense and "
+            "its projects, fvcore, timm, torch.nn, torch.optim, torchvision); write it as a .py "
+            "config instead"
+        )
+
+
+def _is_trusted(name: str) -> bool:
+    """Whether ``name`` leads to a class or function that a trusted module defines, and does not
+    merely import: ``torch.nn.functional.torch.hub.load`` is none of torch.nn's.
+    """
+    own = tuple(module.__name__ for module in projects.import_all().values())
+    roots = {root.partition(".")[0] for root in (*_TRUSTED, *own)}
+    if not _DOTTED.fullmatch(name) or name.partition(".")[0] not in roots:
+        return False  # finding out would import the module, which runs it
+    try:
+        found = locate(name)
+    except Exception:  # importing a module may raise anything
+        return False
+    if isinstance(found, types.BuiltinFunctionType):  # torch's operators
+        return name.rpartition(".")[0] == "torch.nn.functional"
+    if not isinstance(found, (type, types.FunctionType, types.MethodType)):
+        return False
+    return _is_below(found.__module__, (*_TRUSTED, *own)) and not _is_below(
+        found.__module__, _REFUSED
+    )
+
+
+def _is_below(module: str, roots: Iterable[str]) -> bool:
+    return any(module == root or module.startswith(f"{root}.") for root in roots)

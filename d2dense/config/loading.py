@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import re
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-import yaml
 from detectron2 import modeling
 from detectron2.config import CfgNode, LazyConfig, instantiate
 from detectron2.modeling import META_ARCH_REGISTRY
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
 from d2dense import projects
@@ -20,7 +21,7 @@ from d2dense.errors import UserError, nearest
 
 from . import lazy, overrides
 from .defaults import get_cfg
-from .text import to_yaml
+from .text import parse_yaml, to_yaml
 
 __all__ = ["build_model", "check_device", "dump", "kind_of", "load", "resolve_device", "save"]
 
@@ -49,11 +50,7 @@ def load(path_or_name: str | Path, overrides: Sequence[str] = ()) -> CfgNode | D
         cfg = _load_python(path)
     else:
         data = _load_yaml(path)
-        if _is_lazy(data):
-            cfg = OmegaConf.create(data, flags={"allow_objects": True})
-            lazy.check_targets(cfg, str(path))
-        else:
-            cfg = _load_yacs(path)
+        cfg = _lazy_from(data, path) if _is_lazy(data) else _yacs_from(data, path)
     apply(cfg, overrides)
     return cfg
 
@@ -71,7 +68,7 @@ def kind_of(cfg: CfgNode | DictConfig) -> str:
 
 def _find(path_or_name: str | Path) -> Path:
     path = Path(path_or_name)
-    if path.is_file():
+    if os.path.isfile(path):  # False for texts that can be no path
         if path.suffix not in (".py", ".yaml", ".yml"):
             raise UserError(f"config {path} ends in {path.suffix!r}, expected .py, .yaml or .yml")
         return path
@@ -101,6 +98,10 @@ def _load_python(path: Path) -> DictConfig:
             f"config {path} cannot be loaded: {type(error).__name__}: {error} "
             f"({place.filename}, line {place.lineno})"
         ) from error
+    return _with_model(cfg, path)
+
+
+def _with_model(cfg: DictConfig, path: Path) -> DictConfig:
     if "model" not in cfg:
         raise UserError(
             f"config {path} defines no 'model'; a lazy config needs model, dataloader, optimizer, "
@@ -111,8 +112,8 @@ def _load_python(path: Path) -> DictConfig:
 
 def _load_yaml(path: Path) -> dict:
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        data = parse_yaml(path.read_text(encoding="utf-8"))
+    except ValueError as error:
         raise UserError(f"config {path} is not plain yaml: {error}") from None
     except OSError as error:
         raise UserError(f"config {path} cannot be read: {error.strerror}") from None
@@ -128,23 +129,74 @@ def _is_lazy(data: object) -> bool:
     return isinstance(data, list) and any(_is_lazy(value) for value in data)
 
 
-def _load_yacs(path: Path) -> CfgNode:
-    cfg = get_cfg()
+def _lazy_from(data: dict, path: Path) -> DictConfig:
+    lazy.check_targets(data, str(path))
     try:
-        loaded = CfgNode(CfgNode.load_yaml_with_base(str(path), allow_unsafe=False))
-    except (yaml.YAMLError, OSError, AssertionError) as error:
-        raise UserError(f"config {path} or its _BASE_ cannot be read: {error}") from None
+        cfg = OmegaConf.create(data, flags={"allow_objects": True})
+    except OmegaConfBaseException as error:  # a reference that is not written as one
+        raise UserError(f"config {path}: {error}") from None
+    return _with_model(cfg, path)
+
+
+def _yacs_from(data: dict, path: Path) -> CfgNode:
+    cfg = get_cfg()
+    loaded = CfgNode(_with_bases(data, (path.resolve(),)))
     _replace_auto(loaded)
+    _check_nodes(loaded, cfg, path)
     try:
         cfg.merge_from_other_cfg(loaded)
     except KeyError as error:
-        key = str(error.args[0]).rpartition(" ")[2].strip("'\"")
+        key = str(error.args[0]).removeprefix("Non-existent config key: ")
         raise UserError(
             f"config {path}: unknown config key {key!r}{nearest(key, overrides.yacs_keys(cfg))}"
         ) from None
-    except ValueError as error:
+    except (ValueError, TypeError, MemoryError, RecursionError) as error:
+        # of another type, or a text that yacs takes for Python and cannot read
         raise UserError(f"config {path}: {error}") from None
     return cfg
+
+
+def _with_bases(data: dict, chain: tuple[Path, ...]) -> dict:
+    """Return yaml content laid over that of the files its ``_BASE_`` names.
+
+    Args:
+        chain: the files that led here, the last one being the content's own.
+    """
+    bases = data.pop("_BASE_", [])
+    bases = [bases] if isinstance(bases, str) else bases
+    if not isinstance(bases, list) or not all(
+        isinstance(base, str) and "\0" not in base for base in bases
+    ):
+        raise UserError(f"config {chain[-1]}: _BASE_ is {bases!r}, expected a file name")
+    result: dict = {}
+    for base in bases:
+        path = Path(os.path.realpath(chain[-1].parent / os.path.expanduser(base)))
+        if path in chain:
+            raise UserError(f"config {chain[-1]}: _BASE_ {base!r} leads back to {path}")
+        _lay_over(_with_bases(_load_yaml(path), (*chain, path)), result, chain[-1])
+    _lay_over(data, result, chain[-1])
+    return result
+
+
+def _lay_over(upper: dict, lower: dict, path: Path) -> None:
+    for key, value in upper.items():
+        if isinstance(value, dict) and key in lower:
+            if not isinstance(lower[key], dict):
+                raise UserError(f"config {path}: {key} holds keys, but is a value in its _BASE_")
+            _lay_over(value, lower[key], path)
+        else:
+            lower[key] = value
+
+
+def _check_nodes(loaded: CfgNode, cfg: CfgNode, path: Path, prefix: str = "") -> None:
+    """Refuse a value where keys are expected: yacs would let ``MODEL: null`` take MODEL's place."""
+    for key, value in loaded.items():
+        known = cfg.get(key)
+        if not isinstance(known, CfgNode):
+            continue
+        if not isinstance(value, CfgNode):
+            raise UserError(f"config {path}: {prefix}{key} = {value!r}, expected keys below it")
+        _check_nodes(value, known, path, f"{prefix}{key}.")
 
 
 def _replace_auto(node: CfgNode) -> None:
@@ -164,8 +216,13 @@ def dump(cfg: CfgNode | DictConfig) -> str:
 def save(cfg: CfgNode | DictConfig, path: str | Path) -> None:
     """Write :func:`dump` to ``path``, creating its folder."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(dump(cfg))
+    text = dump(cfg)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"config {path} cannot be written: {reason}") from error
 
 
 def resolve_device(device: str) -> str:
@@ -199,18 +256,37 @@ def build_model(cfg: CfgNode | DictConfig, device: str | None = None) -> nn.Modu
         GPU.
 
     Raises:
-        UserError: an unknown device or module name, or a class count still to be taken from the
-            data.
+        UserError: an unknown device or module name, a class count still to be taken from the
+            data, or arguments that a constructor refuses.
     """
     if device is not None:
         check_device(device)
-    if kind_of(cfg) == "lazy":
-        device = device or resolve_device(str(OmegaConf.select(cfg, "train.device") or "cuda"))
-        auto = [k for k, v in lazy.walk(cfg.model) if overrides.is_class_count(k) and v == "auto"]
-        if auto:
-            raise _unresolved(f"model.{auto[0]}")
-        return instantiate(cfg.model).to(device)
-    device = device or resolve_device(cfg.MODEL.DEVICE)
+    try:
+        build = _build_lazy if kind_of(cfg) == "lazy" else _build_yacs
+        return build(cfg, device)
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # constructors raise anything for arguments that they do not expect
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        raise UserError(
+            f"no model can be built from this config: {type(error).__name__}: {error} "
+            f"({place.filename}, line {place.lineno})"
+        ) from error
+
+
+def _build_lazy(cfg: DictConfig, device: str | None) -> nn.Module:
+    device = device or resolve_device(str(OmegaConf.select(cfg, "train.device") or "cuda"))
+    auto = [k for k, v in lazy.walk(cfg.model) if overrides.is_class_count(k) and v == "auto"]
+    if auto:
+        raise _unresolved(f"model.{auto[0]}")
+    model = instantiate(cfg.model)
+    if not isinstance(model, nn.Module):
+        raise UserError(f"the config's 'model' is a {type(model).__name__}, expected a module")
+    return model.to(device)
+
+
+def _build_yacs(cfg: CfgNode, device: str | None) -> nn.Module:
+    device = device or resolve_device(str(cfg.MODEL.DEVICE))
     auto = [
         k for k in overrides.yacs_keys(cfg) if overrides.is_class_count(k) and _value(cfg, k) == -1
     ]
@@ -222,7 +298,7 @@ def build_model(cfg: CfgNode | DictConfig, device: str | None = None) -> nn.Modu
     try:
         return META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)(cfg).to(device)
     except KeyError as error:
-        unknown = _UNREGISTERED.fullmatch(str(error.args[0]))
+        unknown = _UNREGISTERED.fullmatch(str(error.args[0] if error.args else ""))
         if unknown is None:
             raise
         name, registry = unknown.groups()

@@ -6,29 +6,33 @@ from __future__ import annotations
 
 import ast
 import inspect
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-import yaml
 from fvcore.common.config import CfgNode
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from d2dense.errors import UserError, nearest
 
-from .lazy import target_of
+from .lazy import check_call, check_targets, target_of
+from .text import parse_yaml
 
 __all__ = ["apply_lazy", "apply_yacs", "parse", "parse_value", "yacs_keys"]
 
 # Nodes of a lazy config whose children the user names: dataset slots.
 _FREE_NODES = ("datasets",)
+_NAME = re.compile(r"[\w-]+")
+# Beyond what an integer of 64 bits holds, with or without a sign.
+_HUGE = 2**64
 
 
 def parse(overrides: Sequence[str]) -> list[tuple[str, str]]:
     """Split ``["A.B", "1", "c.d=2"]`` into ``[("A.B", "1"), ("c.d", "2")]``.
 
     Raises:
-        UserError: a key without a value.
+        UserError: a key without a value, or one that is no text.
     """
     pairs, rest = [], list(overrides)
     while rest:
@@ -41,7 +45,18 @@ def parse(overrides: Sequence[str]) -> list[tuple[str, str]]:
                 )
             value = str(rest.pop(0))
         pairs.append((key.strip(), value))
+    for key, value in pairs:
+        if not _is_text(key + value):
+            raise UserError(f"override {key!r} = {value!r} is not text in UTF-8")
     return pairs
+
+
+def _is_text(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # bytes of a command line that no encoding fits
+        return False
+    return True
 
 
 def parse_value(text: str) -> Any:
@@ -49,19 +64,34 @@ def parse_value(text: str) -> Any:
     ``true``, ``x.json``).
     """
     try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+        value = ast.literal_eval(text)
+        if _is_plain(value):
+            return value
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         pass
     try:
         return float(text)  # yaml 1.1 takes 1e-4 for a string
     except ValueError:
         pass
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
+        value = parse_yaml(text)
+    except ValueError:
         return text
     # "key: value" texts such as "detectron2://x" or "a: b" stay texts
-    return text if isinstance(value, dict) else value
+    return text if isinstance(value, dict) or not _is_plain(value) else value
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a literal is one that a config may hold: no bytes, sets, ..., nor endless numbers."""
+    if isinstance(value, dict):
+        return all(isinstance(key, str) for key in value) and all(map(_is_plain, value.values()))
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
+    if isinstance(value, int):
+        return abs(value) < _HUGE
+    if isinstance(value, str):
+        return _is_text(value)
+    return value is None or isinstance(value, float)
 
 
 def yacs_keys(node: CfgNode, prefix: str = "") -> Iterator[str]:
@@ -88,6 +118,8 @@ def apply_yacs(cfg: CfgNode, overrides: Iterable[tuple[str, str]]) -> None:
     """
     for key, text in overrides:
         parts = key.upper().split(".")
+        if not all(parts):
+            raise _unknown(key, yacs_keys(cfg))
         node = cfg
         for part in parts[:-1]:
             if part not in node and node.is_new_allowed():
@@ -99,6 +131,8 @@ def apply_yacs(cfg: CfgNode, overrides: Iterable[tuple[str, str]]) -> None:
         if leaf not in node and not node.is_new_allowed():
             raise _unknown(key, yacs_keys(cfg))
         value = parse_value(text)
+        if isinstance(node.get(leaf), CfgNode):
+            raise _is_node(key, value, node[leaf])
         node[leaf] = _coerce(key, value, node[leaf]) if leaf in node else value
 
 
@@ -107,6 +141,14 @@ def _unknown(key: str, known: Iterable[str]) -> UserError:
     # "model.rio_heads.num_classes": the case of the known key decides the case of the comparison
     spelled = key.upper() if known and known[0].isupper() else key
     return UserError(f"unknown config key {key!r}{nearest(spelled, known)}")
+
+
+def _is_node(key: str, value: Any, node: Iterable[Any]) -> UserError:
+    names = list(map(str, node))
+    return UserError(
+        f"{key} = {value!r}, but {key} is a node with keys {', '.join(names)}; set one of them, "
+        f"such as {key}.{next(iter(names), 'key')}"
+    )
 
 
 def _coerce(key: str, value: Any, old: Any) -> Any:
@@ -143,33 +185,42 @@ def apply_lazy(cfg: DictConfig, overrides: Iterable[tuple[str, str]]) -> None:
         UserError: an unknown key (with the nearest known one) or a value of the wrong type.
     """
     for key, text in overrides:
-        _check_lazy_key(cfg, key)
         value = parse_value(text)
-        old = OmegaConf.select(cfg, key, throw_on_missing=False)
-        if (
-            isinstance(old, DictConfig)
-            and isinstance(value, (str, int, float))
-            and not (isinstance(value, str) and value.startswith("${"))
-        ):
-            raise UserError(
-                f"{key} = {value!r}, but {key} is a node with keys {', '.join(map(str, old))}; "
-                f"set one of them, such as {key}.{next(iter(old), 'key')}"
-            )
-        numeric = isinstance(old, (bool, int, float))
-        free = isinstance(value, str) and (
-            value.startswith("${") or (value == "auto" and is_class_count(key))
-        )
-        if numeric and not free and value is not None:
-            value = _coerce(key, value, old)
         try:
-            OmegaConf.update(cfg, key, value, force_add=True, merge=False)
-        except OmegaConfBaseException as error:
-            raise UserError(f"cannot set {key} = {value!r}: {str(error).splitlines()[0]}") from None
+            _check_lazy_key(cfg, key)
+            OmegaConf.update(cfg, key, _lazy_value(cfg, key, value), force_add=True, merge=False)
+        except (OmegaConfBaseException, RecursionError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise UserError(f"cannot set {key} = {value!r}: {reason}") from None
+
+
+def _lazy_value(cfg: DictConfig, key: str, value: Any) -> Any:
+    """Return ``value`` as the type of what it replaces, after checking that it may."""
+    _check_called(cfg, key, value)
+    old = OmegaConf.select(cfg, key, throw_on_missing=False)
+    is_reference = isinstance(value, str) and value.startswith("${")
+    if isinstance(old, DictConfig) and isinstance(value, (str, int, float)) and not is_reference:
+        raise _is_node(key, value, old)
+    is_free = is_reference or (value == "auto" and is_class_count(key))
+    if isinstance(old, (bool, int, float)) and not is_free and value is not None:
+        return _coerce(key, value, old)
+    return value
+
+
+def _check_called(cfg: DictConfig, key: str, value: Any) -> None:
+    """Refuse an override that makes a node call anything but building blocks of models."""
+    check_targets(value, "the override", key)
+    prefix, _, leaf = key.rpartition(".")
+    if leaf in ("_target_", "name"):
+        parent = OmegaConf.select(cfg, prefix) if prefix else cfg
+        if isinstance(parent, DictConfig):
+            node = {name: parent._get_node(name)._value() for name in parent}
+            check_call({**node, leaf: value}, "the override", prefix)
 
 
 def _check_lazy_key(cfg: DictConfig, key: str) -> None:
     parts = key.split(".")
-    if parts[0] in _FREE_NODES and len(parts) > 1:
+    if parts[0] in _FREE_NODES and len(parts) > 1 and all(map(_NAME.fullmatch, parts)):
         return
     node = cfg
     for index, part in enumerate(parts):

@@ -138,6 +138,104 @@ def test_yaml_never_runs_code(tmp_path):
     assert not marker.exists()
 
 
+CALLS = [
+    "{_target_: d2dense.errors.os.system, command: 'touch MARKER'}",
+    "{_target_: torch.nn.functional.torch.os.system, command: 'touch MARKER'}",
+    "{_target_: {_target_: d2dense.config.lazy.locate, name: os.system}, command: 'touch MARKER'}",
+    "{_target_: d2dense.config.lazy.named, name: d2dense.errors.os.system}",
+    "\"${oc.create:{_target_:os.system,command:'touch MARKER'}}\"",
+    "{_target_: 'torch.nn.${name}'}",
+    "[{a: {_target_: builtins.eval, source: 1}}]",
+]
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_no_way_around_leads_a_yaml_file_to_code(tmp_path, call):
+    marker, path = tmp_path / "ran", tmp_path / "evil.yaml"
+    path.write_text(
+        f"model: {call.replace('MARKER', str(marker))}\ntrain: {{_target_: torch.nn.Linear}}\n"
+    )
+    with pytest.raises(UserError, match=r"names|resolver"):
+        config.build_model(config.load(path), device="cpu")
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize(
+    "item",
+    [
+        "model._target_=os.system",
+        "model={'_target_': 'os.system', 'command': 'touch MARKER'}",
+        "model=[{'_target_': 'd2dense.errors.os.system', 'command': 'touch MARKER'}]",
+        "model.in_features=${oc.create:{_target_:os.system,command:'touch MARKER'}}",
+    ],
+)
+def test_nor_do_overrides(lazy_file, tmp_path, item):
+    with pytest.raises(UserError):
+        config.build_model(
+            config.load(lazy_file, [item.replace("MARKER", str(tmp_path / "ran"))]), device="cpu"
+        )
+    assert not (tmp_path / "ran").exists()
+
+
+def _bomb(levels: int) -> str:
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, levels)]
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (_bomb(30), "aliases"),
+        ("MODEL: &a {X: *a}", "alias"),
+        ("MODEL: " + "[" * 2000, "nested"),
+        ("OUTPUT_DIR: 2001-01-01", "quotes"),
+        ("OUTPUT_DIR: 2001-13-45", "cannot be read"),
+        ("1: 2", "quotes"),
+        ("MODEL: null", "MODEL = None"),
+        ("OUTPUT_DIR: '{[]: 1}'", "unhashable"),
+        ("OUTPUT_DIR: '" + "x" * 9000 + "'\nSEED: {a: 1}", "SEED"),
+        ("_BASE_: a.yaml", "leads back"),
+        ("_BASE_: [b.yaml]\nSEED: 1", "b.yaml"),
+        ("_BASE_: 3", "_BASE_"),
+        ('_BASE_: "a\\0.yaml"', "_BASE_"),
+        ('OUTPUT_DIR: "\\ud800"', "surrogates"),
+    ],
+)
+def test_odd_yaml_is_one_line(tmp_path, text, words):
+    path = tmp_path / "a.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=words) as error:
+        config.load(path)
+    assert len(str(error.value)) < 2000
+
+
+@pytest.mark.parametrize(
+    ("items", "words"),
+    [
+        (["SOLVER={}"], "node"),
+        (["DATASETS.CUSTOM..JSON=a"], "unknown config key"),
+        (["OUTPUT_DIR=\udcff"], "UTF-8"),
+        (["SEED=0x" + "f" * 5000], "str"),
+        (["SEED={[]: 1}"], "str"),
+    ],
+)
+def test_odd_overrides_are_one_line(yaml_file, items, words):
+    with pytest.raises(UserError, match=words):
+        config.load(yaml_file, items)
+
+
+def test_a_model_that_cannot_be_built_is_one_line(lazy_file):
+    for item in ("model.in_features=-3", "model.in_features=${model}", "model=3"):
+        with pytest.raises(UserError):
+            config.build_model(config.load(lazy_file, [item]), device="cpu")
+
+
+def test_a_config_that_cannot_be_written_is_one_line(lazy_file, tmp_path):
+    with pytest.raises(UserError, match="cannot be written"):
+        config.save(config.load(lazy_file), tmp_path)
+
+
 def test_missing_file_suggests_a_model_name():
     with pytest.raises(UserError, match="neither a file nor a model-zoo name"):
         config.load("nothing/here.yaml")

@@ -1,0 +1,43 @@
+"""Normalisation layers by name, and layer norm over the channels of images."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from detectron2.layers import get_norm
+from torch import Tensor, nn
+
+from d2dense.errors import UserError, nearest
+
+__all__ = ["NORMS", "LayerNorm2d", "build_norm"]
+
+NORMS = ("LN", "BN", "SyncBN", "FrozenBN", "GN")
+
+
+class LayerNorm2d(nn.LayerNorm):
+    """Layer norm over the channels at every pixel of ``(N, C, H, W)``, by PyTorch's fused kernel.
+
+    Images in ``channels_last`` memory are neither copied nor moved.
+    """
+
+    def __init__(self, channels: int, eps: float = 1e-6):
+        super().__init__(channels, eps=eps)
+
+    def forward(self, input: Tensor) -> Tensor:
+        pixels = input.permute(0, 2, 3, 1)
+        pixels = F.layer_norm(pixels, self.normalized_shape, self.weight, self.bias, self.eps)
+        return pixels.permute(0, 3, 1, 2)
+
+
+def build_norm(name: str, channels: int) -> nn.Module:
+    """Return the norm layer ``name`` for ``(N, channels, H, W)``: one of :data:`NORMS`.
+
+    ``LN`` is :class:`LayerNorm2d` with eps 1e-6; all others are Detectron2's.
+
+    Raises:
+        UserError: an unknown name.
+    """
+    if name not in NORMS:
+        raise UserError(
+            f"unknown norm {name!r}, expected one of {', '.join(NORMS)}{nearest(name, NORMS)}"
+        )
+    return LayerNorm2d(channels) if name == "LN" else get_norm(name, channels)

@@ -1,0 +1,48 @@
+"""Modules of models that the projects share; importing it registers them."""
+
+from .batched_cascade import BatchedCascadeROIHeads
+from .box_regression import (
+    BOX_LOSSES,
+    box_losses,
+    box_transform,
+    check_box_loss,
+    encode,
+    giou_loss,
+    masked_box_loss,
+)
+from .cascade import (
+    SCORE_AVERAGES,
+    FlexibleCascadeROIHeads,
+    StageMaskHeads,
+    check_first_iou,
+    check_per_stage,
+)
+from .matcher import LOW_QUALITY_MATCHES, AnchorMatcher
+from .region_predictor import RegionPredictor
+from .retinanet import LOSS_NORMALIZERS, BatchRetinaNet
+from .timm_backbone import TimmBackbone
+from .upernet import PyramidPooling, UperNetHead
+
+__all__ = [
+    "BOX_LOSSES",
+    "LOSS_NORMALIZERS",
+    "LOW_QUALITY_MATCHES",
+    "SCORE_AVERAGES",
+    "AnchorMatcher",
+    "BatchRetinaNet",
+    "BatchedCascadeROIHeads",
+    "FlexibleCascadeROIHeads",
+    "PyramidPooling",
+    "RegionPredictor",
+    "StageMaskHeads",
+    "TimmBackbone",
+    "UperNetHead",
+    "box_losses",
+    "box_transform",
+    "check_box_loss",
+    "check_first_iou",
+    "check_per_stage",
+    "encode",
+    "giou_loss",
+    "masked_box_loss",
+]

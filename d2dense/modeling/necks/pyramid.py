@@ -1,0 +1,108 @@
+"""What pyramids have in common: a backbone below, levels of one width above.
+
+Letters: N images, C channels, Hi and Wi size of level i.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch.nn.functional as F
+from detectron2.layers import Conv2d, ShapeSpec
+from detectron2.modeling.backbone import Backbone
+from torch import Tensor, nn
+
+from d2dense.errors import UserError
+from d2dense.layers import build_norm
+
+__all__ = ["Pyramid", "conv_norm", "resize"]
+
+
+def conv_norm(in_channels: int, out_channels: int, kernel: int, norm: str, **settings) -> Conv2d:
+    """Return a convolution that keeps the size, with norm and no bias, or without norm."""
+    return Conv2d(
+        in_channels,
+        out_channels,
+        kernel,
+        padding=kernel // 2,
+        bias=not norm,
+        norm=build_norm(norm, out_channels) if norm else None,
+        **settings,
+    )
+
+
+def resize(x: Tensor, size: Sequence[int]) -> Tensor:
+    """Bring a map to ``size``: nearest neighbours up, maxima down."""
+    if x.shape[-2:] == size:
+        return x
+    if x.shape[-2] < size[0] or x.shape[-1] < size[1]:
+        return F.interpolate(x, size=size, mode="nearest")
+    return F.adaptive_max_pool2d(x, size)
+
+
+class Pyramid(Backbone):
+    """Levels of ``out_channels`` channels: one per input by a 1 x 1 convolution, and coarser ones
+    by a 1 x 1 convolution of the last input and max-pooling. Subclasses fuse them.
+
+    Args:
+        bottom_up: the backbone
+        in_features: names of its maps, each of half the size of the one before
+        num_levels: how many levels come out; ``p<k>`` has stride 2^k
+        norm: of the convolutions; empty: none
+    """
+
+    def __init__(
+        self,
+        *,
+        bottom_up: Backbone,
+        in_features: Sequence[str],
+        out_channels: int,
+        num_levels: int,
+        norm: str,
+    ):
+        super().__init__()
+        shapes = bottom_up.output_shape()
+        strides = [shapes[name].stride for name in in_features]
+        if any(b != 2 * a for a, b in pairwise(strides)) or num_levels < len(strides):
+            raise UserError(
+                f"a pyramid of {num_levels} levels cannot stand on {', '.join(in_features)} with "
+                f"strides {strides}; expected strides that double, and as many levels or more "
+                "(in_features, num_levels)"
+            )
+        self.bottom_up = bottom_up
+        self.in_features = list(in_features)
+        widths = [shapes[name].channels for name in in_features]
+        self.laterals = nn.ModuleList(conv_norm(c, out_channels, 1, norm) for c in widths)
+        self.extra = None
+        if num_levels > len(strides):
+            self.extra = conv_norm(widths[-1], out_channels, 1, norm)
+        strides += [strides[-1] * 2 ** (k + 1) for k in range(num_levels - len(strides))]
+        self._shapes = {
+            f"p{round(math.log2(stride))}": ShapeSpec(channels=out_channels, stride=stride)
+            for stride in strides
+        }
+        self._size_divisibility = strides[len(in_features) - 1]
+
+    def fuse(self, levels: list[Tensor]) -> list[Tensor]:
+        """Return as many maps of the same sizes, ``(N, C, Hi, Wi)``, finest first."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """Return the levels ``(N, C, Hi, Wi)`` of normalised images ``(N, 3, H, W)``."""
+        maps = self.bottom_up(x)
+        maps = [maps[name] for name in self.in_features]
+        levels = [lateral(each) for lateral, each in zip(self.laterals, maps)]
+        coarser = maps[-1] if self.extra is None else self.extra(maps[-1])
+        while len(levels) < len(self._shapes):
+            coarser = F.max_pool2d(coarser, 3, stride=2, padding=1)
+            levels.append(coarser)
+        return dict(zip(self._shapes, self.fuse(levels)))
+
+    def output_shape(self) -> dict[str, ShapeSpec]:
+        return dict(self._shapes)
+
+    @property
+    def size_divisibility(self) -> int:
+        return self._size_divisibility
