@@ -20,7 +20,16 @@ import torch
 from tabulate import tabulate
 from torch.utils.flop_counter import FlopCounterMode
 
-__all__ = ["interleaved", "machine", "macs_of", "peak_memory", "ratios", "write_report"]
+__all__ = [
+    "interleaved",
+    "machine",
+    "macs_of",
+    "peak_memory",
+    "process_memory",
+    "ratios",
+    "restart_process_peak",
+    "write_report",
+]
 
 
 def _synchronize() -> None:
@@ -85,10 +94,10 @@ def peak_memory(call: Callable[[], Any]) -> int:
     if child == 0:
         # the thread pool does not survive a fork, so the child computes on one thread
         torch.set_num_threads(1)
-        _release_freed_memory()
-        before = _status("VmRSS")
+        restart_process_peak()
+        before = process_memory("VmRSS")
         call()
-        os.write(write, str(_status("VmHWM") - before).encode())
+        os.write(write, str(process_memory("VmHWM") - before).encode())
         os._exit(0)
     os.close(write)
     with os.fdopen(read) as pipe:
@@ -99,15 +108,18 @@ def peak_memory(call: Callable[[], Any]) -> int:
     return int(text)
 
 
-def _release_freed_memory() -> None:
-    """Give freed heap pages back, or the call would fill those first and seem to need nothing."""
+def restart_process_peak() -> None:
+    """Let this process's ``VmHWM`` start again at its present size.
+
+    Freed heap pages go back first, or what follows would fill those and seem to need nothing.
+    """
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # restarts VmHWM at the present size
 
 
-def _status(field: str) -> int:
-    """Return a size from the process's status, in bytes."""
+def process_memory(field: str) -> int:
+    """Return ``VmRSS``, ``VmHWM`` or another size of this process (Linux), in bytes."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{field}:"):
             return int(line.split()[1]) * 1024
@@ -137,19 +149,30 @@ def _cpu_name() -> str:
 
 
 def write_report(
-    path: Path, *, title: str, command: str, rows: list[dict[str, Any]], notes: list[str]
+    path: Path,
+    *,
+    title: str,
+    command: str,
+    rows: list[dict[str, Any]] | dict[str, list[dict[str, Any]]],
+    notes: list[str],
 ) -> str:
-    """Write ``path``.json and ``path``.md (machine, command, one table, notes) and return the
+    """Write ``path``.json and ``path``.md (machine, command, tables, notes) and return the
     Markdown.
+
+    Args:
+        rows: of one table, or of several by their headings.
     """
     about = machine()
     path.parent.mkdir(parents=True, exist_ok=True)
     report = {"title": title, "command": command, "machine": about, "rows": rows, "notes": notes}
     path.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
     where = ", ".join(f"{key} {value}" for key, value in about.items())
-    table = tabulate(rows, headers="keys", tablefmt="github", floatfmt=".3f")
+    tables = []
+    for heading, lines in rows.items() if isinstance(rows, dict) else [("", rows)]:
+        tables += [f"## {heading}"] * bool(heading)
+        tables.append(tabulate(lines, headers="keys", tablefmt="github", floatfmt=".3f"))
     text = "\n\n".join(
-        [f"# {title}", f"`{command}`", where, table, *(f"- {note}" for note in notes)]
+        [f"# {title}", f"`{command}`", where, *tables, *(f"- {note}" for note in notes)]
     )
     path.with_suffix(".md").write_text(text + "\n")
     return text

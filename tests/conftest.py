@@ -13,6 +13,16 @@ ROOT = Path(__file__).resolve().parents[1]
 SHARED_DATA = Path(os.environ.get("D2DENSE_TEST_DATA", ROOT.parent / "shared" / "data"))
 
 
+# Seconds for a test that is marked "long"; the limit of all others is in pyproject.toml.
+LONG_TIMEOUT = 3600
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.get_closest_marker("long") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(LONG_TIMEOUT))
+
+
 @pytest.fixture(scope="session")
 def repo_root() -> Path:
     return ROOT

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .sharded import local_part, share_like
+
 __all__ = ["ModelEMA"]
 
 
@@ -19,7 +21,8 @@ class ModelEMA:
     averaged weights) are averaged; anything else follows the model.
 
     Args:
-        model: the bare model (not wrapped for several processes), already on its device.
+        model: the bare model (not wrapped for several processes), already on its device. Where its
+            weights are shared out over processes, so are their averages.
         decay: in [0, 1); the share of the old average that each update keeps.
         warmup: start with short averages: decay ``min(decay, (1 + n) / (10 + n))`` at update n,
             n counted from 0.
@@ -31,15 +34,13 @@ class ModelEMA:
         self.decay = decay
         self.warmup = warmup
         self.updates = 0
-        # state_dict() shares memory with the model, so these follow every later optimizer step.
-        self._live = dict(model.state_dict())
-        self._average = {name: tensor.clone() for name, tensor in self._live.items()}
-        floating = [name for name, tensor in self._live.items() if tensor.is_floating_point()]
-        self._floating = (
-            [self._average[name] for name in floating],
-            [self._live[name] for name in floating],
-        )
-        self._others = sorted(set(self._live) - set(floating))
+        # the model's own objects: these follow every later optimizer step
+        live = dict(model.named_parameters(remove_duplicate=False))
+        live.update(model.named_buffers(remove_duplicate=False))
+        self._live = {name: live.get(name, kept) for name, kept in model.state_dict().items()}
+        self._average = {name: tensor.detach().clone() for name, tensor in self._live.items()}
+        self._floating = [name for name, each in self._live.items() if each.is_floating_point()]
+        self._others = sorted(set(self._live) - set(self._floating))
 
     @torch.no_grad()
     def update(self) -> None:
@@ -47,7 +48,11 @@ class ModelEMA:
         decay = self.decay
         if self.warmup:
             decay = min(decay, (1 + self.updates) / (10 + self.updates))
-        torch._foreach_lerp_(*self._floating, 1.0 - decay)
+        torch._foreach_lerp_(
+            [local_part(self._average[name]) for name in self._floating],
+            [local_part(self._live[name]) for name in self._floating],
+            1.0 - decay,
+        )
         for name in self._others:
             self._average[name].copy_(self._live[name])
         self.updates += 1
@@ -61,7 +66,7 @@ class ModelEMA:
     @torch.no_grad()
     def applied(self) -> Iterator[None]:
         """Put the averaged weights into the model for the time of a ``with`` block."""
-        backup = {name: tensor.clone() for name, tensor in self._live.items()}
+        backup = {name: tensor.detach().clone() for name, tensor in self._live.items()}
         try:
             self._copy(self._average, self._live)
             yield
@@ -84,4 +89,4 @@ class ModelEMA:
     @torch.no_grad()
     def _copy(source: dict[str, torch.Tensor], target: dict[str, torch.Tensor]) -> None:
         for name, tensor in target.items():
-            tensor.copy_(source[name])
+            local_part(tensor).copy_(local_part(share_like(source[name], tensor)))

@@ -6,11 +6,15 @@ from __future__ import annotations
 
 import abc
 import copy
+import inspect
+import logging
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from detectron2.config import CfgNode, LazyCall, instantiate
+from detectron2.utils import comm
+from detectron2.utils.registry import locate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import nn
 
@@ -21,9 +25,12 @@ from d2dense.errors import UserError, nearest
 from d2dense.evaluation import build_evaluator
 
 from .optim import param_groups
+from .scaling import scale_to_world_size
 from .settings import RunSettings
 
 __all__ = ["Experiment", "LazyExperiment", "YamlExperiment", "experiment"]
+
+logger = logging.getLogger(__name__)
 
 
 def experiment(
@@ -80,9 +87,14 @@ class Experiment(abc.ABC):
         """Names of the test sets, each evaluated on its own."""
 
     @abc.abstractmethod
-    def build_train_loader(self):
+    def build_train_loader(self, *, seed: int | None = None, start_batch: int = 0):
         """Return the endless training loader; a batch is the process's share of one accumulation
         step.
+
+        Args:
+            seed: of the stream of images, where the config does not fix one for the loader itself;
+                by default the run's.
+            start_batch: batches at the beginning of the stream to leave out.
         """
 
     @abc.abstractmethod
@@ -139,6 +151,16 @@ def _names(value: Any) -> list[str]:
     return [str(v) for v in value] if isinstance(value, (list, tuple, ListConfig)) else [str(value)]
 
 
+def _parameters(node: DictConfig) -> set[str]:
+    """Return the argument names of a lazy node's target."""
+    target = node.get("_target_")
+    target = locate(target) if isinstance(target, str) else target
+    try:
+        return set(inspect.signature(target).parameters)
+    except (TypeError, ValueError):
+        return set()
+
+
 def _check_batch(total: int, steps: int, key: str) -> int:
     if total % steps:
         raise UserError(
@@ -150,6 +172,11 @@ def _check_batch(total: int, steps: int, key: str) -> int:
 class YamlExperiment(Experiment):
     """A yacs config (Detectron2's yaml)."""
 
+    def __init__(self, cfg: CfgNode, **options: Any) -> None:
+        # noted now, logged with the optimizer: a run sets up its log after its experiment
+        cfg, self._scaling = scale_to_world_size(cfg, comm.get_world_size())
+        super().__init__(cfg, **options)
+
     @property
     def train_names(self) -> list[str]:
         return list(self.cfg.DATASETS.TRAIN)
@@ -158,13 +185,15 @@ class YamlExperiment(Experiment):
     def test_names(self) -> list[str]:
         return list(self.cfg.DATASETS.TEST)
 
-    def build_train_loader(self):
+    def build_train_loader(self, *, seed: int | None = None, start_batch: int = 0):
         cfg, steps = self.cfg.clone(), self.cfg.SOLVER.ACCUMULATION_STEPS
         cfg.defrost()
         cfg.SOLVER.IMS_PER_BATCH = _check_batch(
             cfg.SOLVER.IMS_PER_BATCH, steps, "SOLVER.IMS_PER_BATCH"
         )
-        return loaders.train_from_cfg(cfg)
+        if seed is not None:
+            cfg.SEED = seed
+        return loaders.train_from_cfg(cfg, start_batch=start_batch)
 
     def build_test_loader(self, name: str):
         return loaders.test_from_cfg(self.cfg, name)
@@ -173,6 +202,8 @@ class YamlExperiment(Experiment):
         return build_evaluator(name, output_dir=output_dir)
 
     def build_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        if self._scaling:
+            logger.info(self._scaling)
         solver = self.cfg.SOLVER
         groups = param_groups(
             model,
@@ -180,6 +211,8 @@ class YamlExperiment(Experiment):
             weight_decay=solver.WEIGHT_DECAY,
             weight_decay_norm=solver.WEIGHT_DECAY_NORM,
             weight_decay_bias=solver.WEIGHT_DECAY_BIAS,
+            weight_decay_1d=solver.WEIGHT_DECAY_1D,
+            weight_decay_heads=solver.WEIGHT_DECAY_HEADS,
             bias_lr_factor=solver.BIAS_LR_FACTOR,
             no_decay_names=tuple(solver.NO_DECAY_NAMES),
             lr_multipliers={str(name): float(factor) for name, factor in solver.LR_MULTIPLIERS},
@@ -270,6 +303,13 @@ class YamlExperiment(Experiment):
             best_mode=test.BEST_MODE,
             early_stop_patience=test.EARLY_STOP_PATIENCE,
             allow_pickle=run.ALLOW_PICKLE,
+            reinit_misshaped=run.REINIT_MISSHAPED,
+            total_batch_size=solver.IMS_PER_BATCH,
+            lr_rule=solver.LR_SCALING.RULE,
+            reference_batch_size=solver.LR_SCALING.REFERENCE_BATCH,
+            non_finite_policy=run.NON_FINITE.POLICY,
+            max_skipped_steps=run.NON_FINITE.MAX_SKIPS,
+            sharding=run.SHARDING,
         )
 
 
@@ -286,15 +326,24 @@ class LazyExperiment(Experiment):
     def test_names(self) -> list[str]:
         return _names(OmegaConf.select(self.cfg, "dataloader.test.dataset.names"))
 
-    def build_train_loader(self):
+    def build_train_loader(self, *, seed: int | None = None, start_batch: int = 0):
         node = copy.deepcopy(self._need("dataloader.train"))
         node.total_batch_size = _check_batch(
             node.total_batch_size,
             self.settings.accumulation_steps,
             "dataloader.train.total_batch_size",
         )
-        if "seed" not in node and self.settings.seed >= 0:
-            node.seed = self.settings.seed
+        accepted = _parameters(node)
+        if "seed" not in node and "seed" in accepted:
+            node.seed = self.settings.seed if seed is None else seed
+        if "start_batch" in accepted:
+            node.start_batch = start_batch
+        elif start_batch:
+            logger.warning(
+                "%s cannot skip batches (no argument start_batch): the data starts from its "
+                "beginning",
+                node.get("_target_"),
+            )
         return instantiate(node)
 
     def build_test_loader(self, name: str):
@@ -380,4 +429,11 @@ class LazyExperiment(Experiment):
             best_mode=run.best.mode,
             early_stop_patience=run.early_stop_patience,
             allow_pickle=run.allow_pickle,
+            reinit_misshaped=run.reinit_misshaped,
+            total_batch_size=OmegaConf.select(self.cfg, "dataloader.train.total_batch_size") or 0,
+            lr_rule=run.lr_scaling.rule,
+            reference_batch_size=run.lr_scaling.reference_batch,
+            non_finite_policy=run.non_finite.policy,
+            max_skipped_steps=run.non_finite.max_skips,
+            sharding=run.sharding,
         )

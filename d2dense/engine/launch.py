@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
-import re
+import signal
 import socket
 from argparse import Namespace
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from datetime import timedelta
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 import torch
@@ -19,32 +20,37 @@ from detectron2.utils import comm
 
 from d2dense.errors import UserError
 
-__all__ = ["ProcessEnv", "environment_processes", "launch"]
+from .attempt import attempt_store
+from .cluster import ProcessEnv, environment_processes, thread_share
+from .meeting import check_url, meet
+from .signals import STOP_SIGNALS, Preempted, StopRequest
+
+__all__ = ["ProcessDied", "launch"]
 
 logger = logging.getLogger(__name__)
 
+# How long one process waits for another in an exchange: evaluation and checkpoints happen between
+# two of them, and a process that hangs holds the others up for this long at most.
 TIMEOUT = timedelta(minutes=30)
+# How long processes wait for each other at the start: machines may begin minutes apart.
+JOIN_TIMEOUT = timedelta(minutes=10)
+# What the processes that are left have, after one died, to end by themselves.
+GRACE_SECONDS = 5.0
 _USER_ERROR_CODE = 2
 
 
-@dataclass(frozen=True, kw_only=True)
-class ProcessEnv:
-    """Place of one process among all.
+class ProcessDied(UserError):
+    """A process of the run was ended from outside; the others have been ended too."""
 
-    Attributes:
-        rank, world_size: over all machines.
-        local_rank, local_size: on this machine.
-        init_method: where the processes meet.
-    """
-
-    rank: int
-    world_size: int
-    local_rank: int
-    local_size: int
-    init_method: str
+    exit_code = 1
 
 
-def launch(main: Callable[[Namespace], Any], args: Namespace) -> None:
+def launch(
+    main: Callable[[Namespace], Any],
+    args: Namespace,
+    *,
+    join_timeout: timedelta = JOIN_TIMEOUT,
+) -> None:
     """Call ``main(args)`` in every process of the run.
 
     The environment of torchrun or ``srun`` decides where there is one; otherwise ``--num-gpus``
@@ -53,13 +59,23 @@ def launch(main: Callable[[Namespace], Any], args: Namespace) -> None:
     Args:
         args: with ``num_gpus``, ``num_machines``, ``machine_rank``, ``dist_url`` and ``device``
             (``cpu`` runs one CPU process where there would be one per GPU).
+        join_timeout: how long the processes wait for each other at the start.
 
     Raises:
         UserError: a launch that cannot work, or what a process raised as one.
+        ProcessDied: a process was killed, for instance because the machine ran out of memory.
+        Preempted: a signal stopped the run; one that reaches the launching process is passed on to
+            those that it started.
     """
     given = environment_processes(os.environ)
-    if given is not None:
-        with _ProcessGroup(given, args.device):
+    # a srun with one task per machine may describe the machines by flags
+    if given is not None and args.num_machines == 1:
+        if args.num_gpus not in (1, given.local_size):
+            raise UserError(
+                f"--num-gpus {args.num_gpus}, but torchrun or srun started {given.local_size} "
+                "process(es) on this machine; leave the flag out, or start that many"
+            )
+        with _ProcessGroup(given, args.device, join_timeout):
             main(args)
         return
     world_size = args.num_gpus * args.num_machines
@@ -67,50 +83,7 @@ def launch(main: Callable[[Namespace], Any], args: Namespace) -> None:
     if world_size == 1:
         main(args)
         return
-    _spawn(main, args, world_size, _meeting_point(args))
-
-
-def environment_processes(environ: Mapping[str, str]) -> ProcessEnv | None:
-    """Read what torchrun or ``srun`` says about this process; None where neither started it."""
-    if "TORCHELASTIC_RUN_ID" in environ or {"RANK", "WORLD_SIZE", "LOCAL_RANK"} <= set(environ):
-        return ProcessEnv(
-            rank=int(environ["RANK"]),
-            world_size=int(environ["WORLD_SIZE"]),
-            local_rank=int(environ["LOCAL_RANK"]),
-            local_size=int(environ.get("LOCAL_WORLD_SIZE", environ["WORLD_SIZE"])),
-            init_method="env://",
-        )
-    # Step variables: a batch script has SLURM_PROCID too, but only srun starts one task per rank.
-    if int(environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
-        world_size = int(environ["SLURM_STEP_NUM_TASKS"])
-        nodes = int(environ.get("SLURM_STEP_NUM_NODES", environ.get("SLURM_NNODES", 1)))
-        if world_size % nodes:
-            raise UserError(
-                f"SLURM started {world_size} tasks on {nodes} nodes; every node needs the same "
-                "number, set --ntasks-per-node"
-            )
-        host = environ.get("MASTER_ADDR") or _first_host(
-            environ.get("SLURM_STEP_NODELIST") or environ["SLURM_JOB_NODELIST"]
-        )
-        # jobs that share a node must not meet at the same port
-        port = environ.get("MASTER_PORT") or 20_000 + int(environ["SLURM_JOB_ID"]) % 40_000
-        return ProcessEnv(
-            rank=int(environ["SLURM_PROCID"]),
-            world_size=world_size,
-            local_rank=int(environ["SLURM_LOCALID"]),
-            local_size=world_size // nodes,
-            init_method=f"tcp://{host}:{port}",
-        )
-    return None
-
-
-def _first_host(nodelist: str) -> str:
-    """Return the first name of a SLURM host list: ``gpu[007-009,12],x`` -> ``gpu007``."""
-    match = re.match(r"([^,\[]+)(?:\[([^\]]+)\]([^,]*))?", nodelist)
-    if match is None:
-        raise UserError(f"cannot read the SLURM node list {nodelist!r}; set MASTER_ADDR")
-    prefix, numbers, suffix = match.groups(default="")
-    return prefix + re.split(r"[-,]", numbers)[0] + suffix
+    _spawn(main, args, world_size, _meeting_point(args), join_timeout)
 
 
 def _check(args: Namespace, world_size: int) -> None:
@@ -133,6 +106,7 @@ def _check(args: Namespace, world_size: int) -> None:
 
 def _meeting_point(args: Namespace) -> str:
     if args.dist_url != "auto":
+        check_url(args.dist_url)
         return args.dist_url
     if args.num_machines > 1:
         raise UserError(
@@ -145,23 +119,78 @@ def _meeting_point(args: Namespace) -> str:
 
 
 def _spawn(
-    main: Callable[[Namespace], Any], args: Namespace, world_size: int, init_method: str
+    main: Callable[[Namespace], Any],
+    args: Namespace,
+    world_size: int,
+    init_method: str,
+    join_timeout: timedelta,
 ) -> None:
-    mistakes = mp.get_context("spawn").SimpleQueue()
+    endings = mp.get_context("spawn").SimpleQueue()
     # it warns of every process that it ends, which hides the one line that matters
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
+    context = mp.spawn(
+        _worker,
+        nprocs=args.num_gpus,
+        args=(main, args, world_size, init_method, join_timeout, endings),
+        join=False,
+    )
+    killed = None
     try:
-        mp.spawn(
-            _worker, nprocs=args.num_gpus, args=(main, args, world_size, init_method, mistakes)
-        )
-    except mp.ProcessExitedException as error:
-        # the processes that were not at fault were waiting for the others, and are ended by now
-        if error.exit_code == _USER_ERROR_CODE and not mistakes.empty():
-            raise UserError(mistakes.get()) from None
-        raise
+        with StopRequest(tell=context.processes).listening() as stop:
+            done = False
+            while not done:
+                killed = _wait_for_one(context.processes)
+                done = context.join(grace_period=GRACE_SECONDS)
+    except (mp.ProcessExitedException, mp.ProcessRaisedException):
+        # Whoever failed first, the others fail too, waiting for it: look for the cause in all.
+        if not endings.empty():
+            kind, message = endings.get()
+            raise (UserError(message) if kind == "mistake" else Preempted(message)) from None
+        if killed is None:
+            raise
+        if stop and -(killed.exitcode or 0) in STOP_SIGNALS:
+            # it came before the processes were ready to obey it
+            raise Preempted(stop.signal) from None
+        raise ProcessDied(_obituary(killed)) from None
+    if not endings.empty():
+        raise Preempted(endings.get()[1])
 
 
-def _worker(local_rank: int, main, args: Namespace, world_size: int, init_method: str, mistakes):
+def _wait_for_one(processes: list[BaseProcess]) -> BaseProcess | None:
+    """Wait until a process ends; return one that a signal ended.
+
+    To be asked before PyTorch learns of it and kills the others.
+    """
+    alive = {each.sentinel: each for each in processes if each.exitcode is None}
+    for sentinel in wait(list(alive)):
+        alive[sentinel].join()  # it has let go of its pipe, but may not have its exit code yet
+    return next((each for each in processes if (each.exitcode or 0) < 0), None)
+
+
+def _obituary(process: BaseProcess) -> str:
+    number = -process.exitcode
+    try:
+        name = signal.Signals(number).name
+    except ValueError:
+        name = f"signal {number}"
+    hint = ""
+    if number == signal.SIGKILL:
+        hint = "; if the system did it for lack of memory, use fewer loader workers or processes"
+    return (
+        f"a process of the run (pid {process.pid}) was ended by {name}, and the others with it"
+        f"{hint}. --resume goes on from the last checkpoint"
+    )
+
+
+def _worker(
+    local_rank: int,
+    main,
+    args: Namespace,
+    world_size: int,
+    init_method: str,
+    join_timeout: timedelta,
+    endings,
+) -> None:
     place = ProcessEnv(
         rank=args.machine_rank * args.num_gpus + local_rank,
         world_size=world_size,
@@ -169,22 +198,23 @@ def _worker(local_rank: int, main, args: Namespace, world_size: int, init_method
         local_size=args.num_gpus,
         init_method=init_method,
     )
-    if "OMP_NUM_THREADS" not in os.environ:
-        # as torchrun does: processes that each take every core slow all of them down many times
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // place.local_size))
     try:
-        with _ProcessGroup(place, args.device):
+        with _ProcessGroup(place, args.device, join_timeout):
             main(args)
+    except Preempted as ending:
+        if local_rank == 0:
+            endings.put(("preempted", str(ending)))
     except UserError as error:
-        mistakes.put(str(error))
+        endings.put(("mistake", str(error)))
         raise SystemExit(_USER_ERROR_CODE) from None
 
 
 class _ProcessGroup:
     """Join the other processes for the time of a ``with`` block."""
 
-    def __init__(self, place: ProcessEnv, device: str | None):
+    def __init__(self, place: ProcessEnv, device: str | None, join_timeout: timedelta):
         self.place = place
+        self.join_timeout = join_timeout
         self.cuda = device != "cpu" and torch.cuda.is_available()
 
     def __enter__(self) -> None:
@@ -196,9 +226,19 @@ class _ProcessGroup:
                     f"{torch.cuda.device_count()} GPUs; start one process per GPU"
                 )
             torch.cuda.set_device(place.local_rank)
+        threads = thread_share(os.environ, place.local_size)
+        if threads is not None:
+            torch.set_num_threads(threads)
+        store = attempt_store(
+            meet(place, timeout=self.join_timeout),
+            rank=place.rank,
+            world_size=place.world_size,
+            timeout=self.join_timeout,
+        )
+        store.set_timeout(TIMEOUT)
         dist.init_process_group(
             backend="nccl" if self.cuda else "gloo",
-            init_method=place.init_method,
+            store=store,
             world_size=place.world_size,
             rank=place.rank,
             timeout=TIMEOUT,
@@ -207,7 +247,7 @@ class _ProcessGroup:
         comm.synchronize()
 
     def __exit__(self, kind, *error) -> None:
-        if kind is not None:
+        if kind is not None and not issubclass(kind, Preempted):
             return  # the others may never arrive; the end of the process frees everything
         comm.synchronize()
         # The groups that detectron2 remembers would outlive the interpreter; their threads abort

@@ -7,9 +7,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from d2dense.errors import UserError, nearest
+
+from .sharded import local_part
 
 __all__ = ["CLIP_TYPES", "GradientClipper", "is_norm", "param_groups"]
 
@@ -30,6 +34,8 @@ def param_groups(
     weight_decay: float | None = None,
     weight_decay_norm: float | None = None,
     weight_decay_bias: float | None = None,
+    weight_decay_1d: float | None = None,
+    weight_decay_heads: float | None = None,
     no_decay_names: Sequence[str] = (),
     bias_lr_factor: float = 1.0,
     lr_multipliers: Mapping[str, float] | None = None,
@@ -45,16 +51,21 @@ def param_groups(
         weight_decay: for everything without a rule of its own; None leaves the optimizer's own.
         weight_decay_norm: for weights and biases of normalisation layers; None means no rule.
         weight_decay_bias: for parameters named ``bias``, also those of norms; None means no rule.
+        weight_decay_1d: for parameters of at most one dimension that neither of these two rules is
+            for, such as layer scales; None means no rule.
+        weight_decay_heads: for everything outside ``model.backbone``, its norms and biases
+            included, whatever the rules above say; None means no rule.
         no_decay_names: parts of parameter names (such as ``pos_embed``) that get no weight decay.
         bias_lr_factor: factor on the learning rate of parameters named ``bias``.
         lr_multipliers: part of a parameter name -> factor on its learning rate; the first match
             counts.
         layer_decay: factor per layer counted from the end of each submodule that has ``num_layers``
             and ``layer_id(parameter_name) -> int | None`` (0 is the stem, None means no decay):
-            ``layer_decay ** (num_layers + 1 - layer_id)``.
+            ``layer_decay ** (num_layers + 1 - layer_id)``, but never above 1.
 
     Raises:
-        UserError: a multiplier that matches nothing, or layer decay on a model without layers.
+        UserError: a multiplier that matches nothing, layer decay on a model without layers, or a
+            weight decay of heads for a model without a backbone.
     """
     if model is None:
         raise ValueError("param_groups needs the model")
@@ -69,18 +80,25 @@ def param_groups(
         if not any(part in name for name in names):
             close = nearest(part, {piece for name in names for piece in name.split(".")})
             raise UserError(f"lr_multipliers: no parameter name contains {part!r}{close}")
+    if weight_decay_heads is not None and not any(map(_in_backbone, names)):
+        raise UserError(
+            f"SOLVER.WEIGHT_DECAY_HEADS / weight_decay_heads = {weight_decay_heads} is for what is "
+            f"outside the backbone, but {type(model).__name__} has no 'backbone'; leave it out"
+        )
     layer_factor = _layer_factors(model, layer_decay)
 
     groups: dict[tuple, dict[str, Any]] = {}
     for name, parameter, in_norm in _trainable(model):
         is_bias = name.rpartition(".")[2] == "bias"
-        decay = weight_decay
-        if in_norm and weight_decay_norm is not None:
-            decay = weight_decay_norm
-        if is_bias and weight_decay_bias is not None:
-            decay = weight_decay_bias
-        if any(part in name for part in no_decay_names):
-            decay = 0.0
+        rules = (  # the first one that is given counts
+            (0.0, any(part in name for part in no_decay_names)),
+            (weight_decay_heads, not _in_backbone(name)),
+            (weight_decay_bias, is_bias),
+            (weight_decay_norm, in_norm),
+            (weight_decay_1d, parameter.ndim <= 1),
+        )
+        given = (value for value, applies in rules if applies and value is not None)
+        decay = next(given, weight_decay)
         lr = base_lr
         if lr is not None:
             lr = lr * layer_factor(name) * _multiplier(name, lr_multipliers)
@@ -103,6 +121,10 @@ def _trainable(model: nn.Module) -> Iterable[tuple[str, nn.Parameter, bool]]:
             if parameter.requires_grad and parameter not in seen:
                 seen.add(parameter)
                 yield f"{prefix}.{name}" if prefix else name, parameter, norm
+
+
+def _in_backbone(name: str) -> bool:
+    return name.startswith("backbone.")
 
 
 def _multiplier(name: str, lr_multipliers: Mapping[str, float]) -> float:
@@ -129,26 +151,47 @@ def _layer_factors(model: nn.Module, layer_decay: float) -> Callable[[str], floa
             if name.startswith(prefix):
                 layer = module.layer_id(name[len(prefix) :])
                 if layer is not None:
-                    return layer_decay ** (module.num_layers + 1 - layer)
+                    return layer_decay ** max(0, module.num_layers + 1 - layer)
         return 1.0
 
     return factor
 
 
 def _clip_value(gradients: list[torch.Tensor], limit: float, norm_type: float) -> None:
-    torch._foreach_clamp_min_(gradients, -limit)
-    torch._foreach_clamp_max_(gradients, limit)
+    parts = [local_part(each) for each in gradients]
+    torch._foreach_clamp_min_(parts, -limit)
+    torch._foreach_clamp_max_(parts, limit)
 
 
 def _clip_each_norm(gradients: list[torch.Tensor], limit: float, norm_type: float) -> None:
-    norms = torch._foreach_norm(gradients, norm_type)
-    torch._foreach_mul_(gradients, [(limit / (norm + 1e-6)).clamp(max=1.0) for norm in norms])
+    factors = (limit / (_norms(gradients, norm_type) + 1e-6)).clamp(max=1.0)
+    torch._foreach_mul_([local_part(each) for each in gradients], list(factors))
 
 
 def _clip_total_norm(gradients: list[torch.Tensor], limit: float, norm_type: float) -> None:
-    norms = torch.stack([norm.float() for norm in torch._foreach_norm(gradients, norm_type)])
-    total = torch.linalg.vector_norm(norms, norm_type)
-    torch._foreach_mul_(gradients, (limit / (total + 1e-6)).clamp(max=1.0))
+    total = torch.linalg.vector_norm(_norms(gradients, norm_type), norm_type)
+    factor = (limit / (total + 1e-6)).clamp(max=1.0)
+    torch._foreach_mul_([local_part(each) for each in gradients], factor)
+
+
+def _norms(gradients: list[torch.Tensor], norm_type: float) -> torch.Tensor:
+    """Return the norm of each gradient, ``(len(gradients),)``; of the whole ones, where processes
+    share them out.
+    """
+    shared = next((each for each in gradients if isinstance(each, DTensor)), None)
+    parts = [local_part(each) for each in gradients]
+    if shared is not None:  # a small tensor may leave some processes without a part
+        parts = [part if part.numel() else part.new_zeros(1) for part in parts]
+    norms = torch.stack([norm.float() for norm in torch._foreach_norm(parts, norm_type)])
+    if shared is None:
+        return norms
+    group = shared.device_mesh.get_group()
+    if norm_type == float("inf"):
+        dist.all_reduce(norms, dist.ReduceOp.MAX, group=group)
+        return norms
+    norms = norms**norm_type
+    dist.all_reduce(norms, group=group)
+    return norms ** (1 / norm_type)
 
 
 _CLIPPERS = {"value": _clip_value, "norm": _clip_each_norm, "full_model": _clip_total_norm}

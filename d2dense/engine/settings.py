@@ -8,6 +8,8 @@ from d2dense.errors import UserError
 
 __all__ = ["RunSettings"]
 
+_SEEDS = 2**31  # numpy takes 32 bits, and each process adds its number
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunSettings:
@@ -23,6 +25,18 @@ class RunSettings:
         none.
         early_stop_patience: evaluations without a new best before the run stops, 0 for never.
         allow_pickle: also load pickled model files, which can run code.
+        reinit_misshaped: weights of ``init_checkpoint`` whose shape differs from the model's (the
+            predictors of another number of classes) keep their fresh values instead of being an
+            error.
+        total_batch_size: images per optimizer step over all processes; 0 where it is not known.
+        lr_rule: ``none``, ``linear`` or ``sqrt``: how the learning rates follow
+            ``total_batch_size / reference_batch_size``.
+        reference_batch_size: the batch that the config's learning rates are meant for.
+        non_finite_policy: ``raise`` ends the run at a loss or gradient that is NaN or infinite,
+            ``skip`` leaves that step out.
+        max_skipped_steps: with ``skip``, the run ends when more steps than this were left out.
+        sharding: ``none`` (every process holds everything), ``zero1`` (each holds a part of the
+            optimizer state) or ``fsdp`` (also of weights and gradients).
     """
 
     output_dir: str
@@ -53,21 +67,42 @@ class RunSettings:
     best_mode: str = "max"
     early_stop_patience: int = 0
     allow_pickle: bool = False
+    reinit_misshaped: bool = False
+    total_batch_size: int = 0
+    lr_rule: str = "none"
+    reference_batch_size: int = 16
+    non_finite_policy: str = "raise"
+    max_skipped_steps: int = 20
+    sharding: str = "none"
 
     def __post_init__(self) -> None:
         choices = {
             "amp_dtype": ("float16", "bfloat16"),
             "clip_type": ("value", "norm", "full_model"),
             "best_mode": ("max", "min"),
+            "lr_rule": ("none", "linear", "sqrt"),
+            "non_finite_policy": ("raise", "skip"),
+            "sharding": ("none", "zero1", "fsdp"),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise UserError(
                     f"{name} = {getattr(self, name)!r}, expected one of {', '.join(allowed)}"
                 )
-        for name in ("max_iter", "log_period", "checkpoint_period", "accumulation_steps"):
+        for name in (
+            "max_iter",
+            "log_period",
+            "checkpoint_period",
+            "accumulation_steps",
+            "reference_batch_size",
+        ):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} = {getattr(self, name)}, expected a positive number")
+        if self.seed >= _SEEDS:
+            raise UserError(
+                f"seed = {self.seed}, expected a number below {_SEEDS}, or -1 for a new one "
+                "every run"
+            )
         if self.early_stop_patience and not self.best_metric:
             raise UserError(
                 "early stop needs a metric to watch; set TEST.BEST_METRIC or train.best.metric"

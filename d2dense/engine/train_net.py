@@ -1,9 +1,14 @@
-"""The command line of training and evaluation, shared by ``tools/`` and every project."""
+"""The command line of training and evaluation, shared by ``tools/`` and every project.
+
+Exit codes: 0 finished, 2 a mistake of the user (one line on stderr), 75 stopped by SIGTERM or
+SIGUSR1 after the step and its checkpoint were done (``--resume`` goes on); anything else a defect.
+"""
 
 from __future__ import annotations
 
 import argparse
 import logging
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -13,12 +18,17 @@ from detectron2.utils import comm
 
 from d2dense import checkpoint, config, environment
 from d2dense.checkpoint import CheckpointFolder
+from d2dense.data.workers import clear_deaths
 from d2dense.errors import ToolParser, UserError
 
+from .checks import check_before_training
 from .experiment import Experiment, experiment
 from .launch import launch
 from .logs import setup_logging
-from .trainer import Trainer, evaluate_model, seed_process
+from .random_state import resolve_seed, seed_process
+from .signals import EXIT_PREEMPTED, Preempted, StopRequest
+from .together import decided_by_main
+from .trainer import Trainer, evaluate_model
 
 __all__ = ["main", "parser", "run"]
 
@@ -33,6 +43,8 @@ examples:
     %(prog)s --config-file my.py --num-gpus 8 optimizer.lr=0.01 train.output_dir=runs/b
   two machines; torchrun and srun need no such flags
     %(prog)s --config-file F --num-gpus 8 --num-machines 2 --machine-rank 0 --dist-url tcp://HOST:PORT
+  days on machines that may fail: three restarts, each going on from the last checkpoint
+    torchrun --nproc-per-node 8 --max-restarts 3 tools/train_net.py --config-file F --resume
   evaluate a checkpoint
     %(prog)s --config-file F --eval-only MODEL.WEIGHTS model_final.pth
 """
@@ -69,10 +81,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.device = device if args.num_gpus > 1 else config.resolve_device(device)
     elif args.num_gpus == 1:
         config.check_device(args.device)
-    launch(run, args)
+    try:
+        launch(run, args)
+    except Preempted:
+        return EXIT_PREEMPTED
     return 0
 
 
+@clear_deaths()
 def run(args: argparse.Namespace) -> dict[str, dict]:
     """Do one process's part: train, or evaluate with ``--eval-only``; return the last results."""
     cfg = config.load(args.config_file, args.overrides)
@@ -80,7 +96,24 @@ def run(args: argparse.Namespace) -> dict[str, dict]:
     _setup(exp, args)
     if args.eval_only:
         return _evaluate(exp, resume=args.resume)
-    return Trainer(exp, resume=args.resume).train()
+    # from here on: a signal while the model is built stops the run after its first step
+    with StopRequest().listening() as stop:
+        trainer = Trainer(exp, resume=args.resume or _is_restarted(exp), stop_request=stop)
+        check_before_training(exp, trainer.model)
+        return trainer.train()
+
+
+def _is_restarted(exp: Experiment) -> bool:
+    """Whether torchrun started this run again after a failure, and it has saved something by then;
+    the same in all processes.
+
+    Only the machine where the failure was counts a restart. A replaced machine counts none: a run
+    that may lose one is to be started with ``--resume``.
+    """
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    own = comm.is_main_process() and CheckpointFolder(exp.settings.output_dir).has_own()
+    answers = comm.all_gather((restarted, own))
+    return any(each for each, _ in answers) and any(each for _, each in answers)
 
 
 def _device(cfg) -> str:
@@ -111,7 +144,8 @@ def _evaluate(exp: Experiment, *, resume: bool) -> dict[str, dict]:
     settings = exp.settings
     path = settings.init_checkpoint
     if resume:
-        path = CheckpointFolder(settings.output_dir).last() or path
+        # one process looks: a run that trains in this folder may save at the same moment
+        path = decided_by_main(CheckpointFolder(settings.output_dir).last) or path
     if not path:
         raise UserError(
             "--eval-only needs weights: set MODEL.WEIGHTS or train.init_checkpoint, or add "
@@ -121,7 +155,7 @@ def _evaluate(exp: Experiment, *, resume: bool) -> dict[str, dict]:
         raise UserError(
             "--eval-only needs a test set: set DATASETS.TEST or dataloader.test.dataset.names"
         )
-    seed_process(settings.seed)
+    seed_process(resolve_seed(settings.seed))
     model = exp.build_model()
     report = checkpoint.load_weights(model, path, allow_pickle=settings.allow_pickle)
     report.require_complete()

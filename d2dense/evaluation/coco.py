@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from d2dense.data.coco_format import read_json
+from d2dense.data.coco_format import read_categories
 from d2dense.errors import UserError
 from d2dense.evaluation.base import ImageEvaluator
 from d2dense.evaluation.detections import check_classes, detections
@@ -77,7 +77,7 @@ class InstanceEvaluator(ImageEvaluator):
         json_file = self.metadata.get("json_file")
         if not json_file:
             return len(load_ground_truth(self.dataset_name).class_names)
-        return len(set(class_ids(self.metadata, read_json(json_file)["categories"]).values()))
+        return len(set(class_ids(self.metadata, read_categories(json_file)).values()))
 
     def record(self, image: Mapping[str, Any], output: Mapping[str, Any]) -> dict[str, Any]:
         instances = self.output_of(output, self.prediction_key).to("cpu")

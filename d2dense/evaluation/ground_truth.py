@@ -18,11 +18,12 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.catalog import Metadata
 from detectron2.structures import BoxMode
 
-from d2dense.data.coco_format import read_json
+from d2dense.data.annotations import box_fault, crowd_fault, image_size, mask_fault, run_total
+from d2dense.data.coco_format import is_image, read_categories, read_json
 from d2dense.errors import UserError
 from d2dense.evaluation.base import image_key
 
-__all__ = ["GroundTruth", "class_ids", "load_ground_truth"]
+__all__ = ["GroundTruth", "class_ids", "load_ground_truth", "read_annotations", "require_sizes"]
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +49,13 @@ class GroundTruth:
         return any(a.get("segmentation") for a in self.annotations or ())
 
     def coco(self, task: str) -> dict[str, Any]:
-        """Return a fresh COCO-layout dict for ``task`` ("bbox" or "segm")."""
+        """Return a fresh COCO-layout dict for ``task`` ("bbox" or "segm").
+
+        Raises:
+            UserError: masks on images whose size nobody knows.
+        """
+        if task == "segm":
+            require_sizes(self.images, self.source)
         annotations = [dict(a) for a in self.annotations or ()]
         for annotation in annotations:
             if task == "bbox":
@@ -61,6 +68,17 @@ class GroundTruth:
                 annotation["iscrowd"] = 1
         categories = [{"id": i + 1, "name": name} for i, name in enumerate(self.class_names)]
         return {"images": self.images, "annotations": annotations, "categories": categories}
+
+
+def require_sizes(images: Iterable[Mapping[str, Any]], source: str | Path) -> None:
+    """Raise a UserError unless every image has height and width, which masks are drawn in."""
+    for image in images:
+        if not (image.get("height") and image.get("width")):
+            raise UserError(
+                f"image {image.get('file_name', image['id'])!r} of {source} has no height and "
+                "width, without which masks cannot be evaluated; add them, or leave 'segm' out of "
+                "the tasks"
+            )
 
 
 def class_ids(metadata: Metadata, categories: Iterable[Mapping[str, Any]]) -> dict[int, int]:
@@ -103,8 +121,77 @@ def _first_ids(mapping: Mapping[int, int]) -> list[int]:
     return [lowest[contiguous] for contiguous in range(len(lowest))]
 
 
-def _from_json(path: str | Path, metadata: Metadata) -> GroundTruth:
+def read_annotations(path: str | Path) -> dict[str, Any]:
+    """Return the content of an annotation file for evaluation.
+
+    What makes a box without area or outside of its image count is left as it is; what contradicts
+    itself, or would have native code read numbers that are none, is an error as in training.
+
+    Raises:
+        UserError: naming the entry.
+    """
     raw = read_json(path)
+    for image in raw["images"]:
+        if not is_image(image):
+            raise UserError(f"{path}: an image has no 'id': {str(image)[:80]}")
+    sizes = {image["id"]: _size(image, path) for image in raw["images"]}
+    if len({type(id_) for id_ in sizes}) > 1:
+        raise UserError(f"{path}: some image ids are numbers and some are texts")
+    read_categories(path)
+    if raw.get("annotations") is None:
+        raw.pop("annotations", None)
+        return raw
+    if not isinstance(raw["annotations"], list):
+        raise UserError(f"{path}: 'annotations' is {type(raw['annotations']).__name__}, not a list")
+    for annotation in raw["annotations"]:
+        _check(annotation, sizes, path)
+    return raw
+
+
+def _size(image: dict[str, Any], path: str | Path) -> tuple[int, int] | None:
+    try:
+        return image_size(image)
+    except ValueError as error:
+        raise UserError(f"{path}: image {image['id']} {error}; correct it") from None
+
+
+def _check(annotation: Any, sizes: Mapping[Any, tuple[int, int] | None], path: str | Path) -> None:
+    """Refuse an annotation with an error in the sense of :mod:`d2dense.data.annotations`."""
+    if not isinstance(annotation, dict) or not isinstance(annotation.get("image_id", []), Hashable):
+        raise UserError(
+            f"{path}: an annotation is no object with an image_id: {str(annotation)[:80]}"
+        )
+    if not isinstance(annotation.get("category_id", []), Hashable):
+        raise UserError(f"{path}: an annotation has no category_id: {str(annotation)[:80]}")
+    size, mask = sizes.get(annotation["image_id"]), annotation.get("segmentation")
+    fault = crowd_fault(annotation) or box_fault(annotation.get("bbox"), size)
+    if fault is None or fault.level != "error":
+        fault = mask_fault(mask, size) if mask else None
+    if fault is not None and fault.level != "error":
+        annotation["segmentation"] = []  # nothing that could be drawn
+        fault = None
+    reason = fault.found if fault is not None else _measure_fault(annotation)
+    if reason:
+        raise UserError(f"{path}: annotation {annotation.get('id')} {reason}; correct or remove it")
+
+
+def _measure_fault(annotation: dict[str, Any]) -> str:
+    """Return what is wrong with the area or the runs of an annotation, empty for nothing."""
+    area, mask = annotation.get("area", 0), annotation.get("segmentation")
+    if type(area) not in (int, float) or not 0 <= area < 2**63:
+        return f"has area {area!r}, expected a number of pixels"
+    if mask and isinstance(mask, dict) and isinstance(mask["counts"], str):
+        try:
+            covered = run_total(mask)
+        except ValueError as error:
+            return f"has a run-length mask that cannot be decoded: {error}"
+        if covered != mask["size"][0] * mask["size"][1]:
+            return f"has a run-length mask of {covered} pixels, but its size is {mask['size']}"
+    return ""
+
+
+def _from_json(path: str | Path, metadata: Metadata) -> GroundTruth:
+    raw = read_annotations(path)
     mapping = class_ids(metadata, raw["categories"])
     ids = _first_ids(mapping)
     names = {category["id"]: category["name"] for category in raw["categories"]}
@@ -114,16 +201,14 @@ def _from_json(path: str | Path, metadata: Metadata) -> GroundTruth:
         annotations = []
         for found in raw["annotations"]:
             # Annotations of images or classes that are not evaluated do not count.
-            if found["image_id"] not in image_ids or found["category_id"] not in mapping:
+            if found["image_id"] not in image_ids or found.get("category_id") not in mapping:
                 continue
             kept = {key: found[key] for key in ("bbox", "area", "segmentation") if key in found}
-            if len(kept.get("bbox") or ()) != 4:
-                raise UserError(f"annotation {found.get('id')} of {path} has no bbox [x, y, w, h]")
             kept.setdefault("area", kept["bbox"][2] * kept["bbox"][3])
             kept["id"] = len(annotations) + 1
             kept["image_id"] = image_ids[found["image_id"]]
             kept["category_id"] = mapping[found["category_id"]] + 1
-            kept["iscrowd"] = int(found.get("iscrowd", 0))
+            kept["iscrowd"] = int(found.get("iscrowd") or 0)
             annotations.append(kept)
     return GroundTruth(
         source=str(path),

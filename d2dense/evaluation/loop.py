@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,24 +23,34 @@ Results = dict[str, dict[str, dict[str, float]]]
 
 
 def evaluate(
-    model: nn.Module, loaders: Mapping[str, Iterable], evaluators: Mapping[str, DatasetEvaluator]
-) -> Results:
+    model: nn.Module,
+    loaders: Mapping[str, Iterable],
+    evaluators: Mapping[str, DatasetEvaluator],
+    *,
+    should_stop: Callable[[], bool] | None = None,
+) -> Results | None:
     """Evaluate ``model`` on every test set; all processes call this together.
 
     Args:
         model: takes a loader's batch and returns one output dict per image; put in eval mode here
             and back into its own mode afterwards.
         loaders, evaluators: by name of the test set.
+        should_stop: asked between batches; a process in which it is true leaves out the rest, and
+            then all of them do.
 
     Returns:
-        Test set -> task -> metric -> value in the main process, ``{}`` in all others.
+        Test set -> task -> metric -> value in the main process, ``{}`` in all others; None in all
+        of them when it was stopped.
     """
     was_training = model.training
     model.eval()
     results: Results = {}
     try:
         for name, loader in loaders.items():
-            found = _run(model, name, loader, evaluators[name])
+            found = _run(model, name, loader, evaluators[name], should_stop or _never)
+            if found is None:
+                logger.info("the evaluation of %s was interrupted", name)
+                return None
             if comm.is_main_process():
                 results[name] = found
                 _log_tables(name, found)
@@ -49,18 +59,30 @@ def evaluate(
     return results
 
 
+def _never() -> bool:
+    return False
+
+
 def _run(
-    model: nn.Module, name: str, loader: Iterable, evaluator: DatasetEvaluator
-) -> dict[str, dict[str, float]]:
+    model: nn.Module,
+    name: str,
+    loader: Iterable,
+    evaluator: DatasetEvaluator,
+    should_stop: Callable[[], bool],
+) -> dict[str, dict[str, float]] | None:
     evaluator.reset()
     images, start = 0, time.perf_counter()
     with torch.inference_mode():
         for batch in loader:
             evaluator.process(batch, model(batch))
             images += len(batch)
+            if should_stop():
+                break
     seconds = time.perf_counter() - start
     logger.info("%s: %d images, %.3f s per image", name, images, seconds / max(images, 1))
-    comm.synchronize()
+    # the evaluator exchanges results: all processes go there, or none
+    if any(comm.all_gather(should_stop())):
+        return None
     return evaluator.evaluate() or {}
 
 

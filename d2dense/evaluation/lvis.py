@@ -8,11 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from d2dense.data.coco_format import read_json
 from d2dense.errors import UserError
 from d2dense.evaluation.base import require
 from d2dense.evaluation.coco import InstanceEvaluator
-from d2dense.evaluation.ground_truth import class_ids
+from d2dense.evaluation.ground_truth import class_ids, read_annotations, require_sizes
 from d2dense.evaluation.precision import mean_precision, precision_metrics
 
 __all__ = ["LVISEvaluator", "lvis_precision"]
@@ -58,7 +57,7 @@ class LVISEvaluator(InstanceEvaluator):
 
     def summarize(self, records: Mapping[Hashable, Any]) -> dict[str, dict[str, float]]:
         path = self.metadata.json_file
-        raw = read_json(path)
+        raw = read_annotations(path)
         mapping = class_ids(self.metadata, raw["categories"])
         category_of_class = {contiguous: id_ for id_, contiguous in mapping.items()}
         known = {image["id"] for image in raw["images"]}
@@ -88,6 +87,15 @@ class LVISEvaluator(InstanceEvaluator):
     def _metrics(
         self, raw: dict[str, Any], found: list[dict[str, Any]], task: str
     ) -> dict[str, float]:
+        _require_ids(raw["annotations"], self.metadata.json_file)
+        if task == "segm":
+            require_sizes(raw["images"], self.metadata.json_file)
+            for annotation in raw["annotations"]:
+                if not annotation.get("segmentation"):
+                    raise UserError(
+                        f"annotation {annotation.get('id')} of {self.metadata.json_file} has no "
+                        "mask that can be drawn, without which LVIS cannot evaluate 'segm'"
+                    )
         precision = lvis_precision(
             self.metadata.json_file, found, task=task, max_dets=self.max_dets
         )
@@ -131,11 +139,41 @@ def _lvis():
     return require("lvis", "LVIS evaluation", "pip install --no-deps lvis")
 
 
+def _require_ids(annotations: list[dict[str, Any]], json_file: str) -> None:
+    """Raise a UserError unless annotations have ids of their own: the package keeps them and their
+    matches by these, as floats in which 0 means no match.
+    """
+    seen = set()
+    for annotation in annotations:
+        id_ = annotation.get("id")
+        if type(id_) is not int or not 0 < id_ < 2**53 or id_ in seen:
+            raise UserError(
+                f"annotation {id_!r} of image {annotation.get('image_id')!r} in {json_file} needs "
+                "a positive id that no other one has; number the annotations from 1"
+            )
+        seen.add(id_)
+
+
 def _complete(truth: Any, json_file: str) -> None:
     """Fill in lists that small hand-made files lack; a class without frequency is an error."""
     for image in truth.dataset["images"]:
-        image.setdefault("neg_category_ids", [])
-        image.setdefault("not_exhaustive_category_ids", [])
+        for key in ("neg_category_ids", "not_exhaustive_category_ids"):
+            value = image.get(key)
+            if value is not None and not isinstance(value, list):
+                raise UserError(
+                    f"image {image['id']!r} of {json_file} has {key} {value!r}, expected a list of "
+                    "category ids"
+                )
+            image[key] = value or []
+    for annotation in truth.dataset["annotations"]:
+        _, _, width, height = annotation["bbox"]
+        area = annotation.get("area")
+        if area is not None and type(area) not in (int, float):
+            raise UserError(
+                f"annotation {annotation['id']} of {json_file} has area {area!r}, expected a "
+                "number of pixels"
+            )
+        annotation["area"] = width * height if area is None else area
     for category in truth.dataset["categories"]:
         if category.get("frequency") not in ("r", "c", "f"):
             raise UserError(

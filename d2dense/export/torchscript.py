@@ -102,8 +102,8 @@ def _hint(model: nn.Module) -> str:
     if type(getattr(model, "roi_heads", None)) is not CascadeROIHeads:
         return ""
     return (
-        ", or FSCascadeROIHeads with CFS and LFS off and TEST_SCORES ensemble_own_rois, which is "
-        "the same model with the same parameter names"
+        ", or FlexibleCascadeROIHeads (MODEL.ROI_HEADS.NAME), which is the same model with the "
+        "same parameter names"
     )
 
 

@@ -118,9 +118,11 @@ class FakeExperiment:
     def build_lr_multiplier(self):
         return PolyParamScheduler(power=1.0)
 
-    def build_train_loader(self):
+    def build_train_loader(self, *, seed=None, start_batch=0):
         rank, world = comm.get_rank(), comm.get_world_size()
-        return [batch[rank::world] for batch in self.batches]
+        start = start_batch % len(self.batches)
+        ordered = self.batches[start:] + self.batches[:start]
+        return [batch[rank::world] for batch in ordered]
 
     def build_test_loader(self, name):
         batches = make_batches(4, 1, seed=9)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 from d2dense import checkpoint
 from d2dense.engine.trainer import Trainer
-from tests.engine.fakes import FakeExperiment, make_batches
+from tests.engine.fakes import FakeExperiment, TinyModel, make_batches
 
 pytestmark = [
     pytest.mark.gpu,
@@ -86,3 +87,16 @@ def test_float16_scales_the_loss_and_trains(tmp_path):
     assert history[-1] < 0.5 * history[0]
     scaler = checkpoint.read(tmp_path / "model_final.pth")["scaler"]
     assert scaler["scale"] > 1
+
+
+def test_a_constant_loss_may_be_on_the_cpu(tmp_path):
+    class Constant(TinyModel):
+        def forward(self, batch):
+            losses = super().forward(batch)
+            return losses | {"loss_none": torch.tensor(0.5)} if self.training else losses
+
+    experiment = FakeExperiment(tmp_path, device="cuda", test_names=(), max_iter=3)
+    experiment.build_model = lambda: Constant().cuda()
+    Trainer(experiment).train()
+    (row,) = (json.loads(line) for line in (tmp_path / "metrics.json").read_text().splitlines())
+    assert row["loss_none"] == 0.5

@@ -4,82 +4,34 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
 
 from d2dense import checkpoint
-from d2dense.engine.launch import environment_processes, launch
+from d2dense.engine import launch as launching
+from d2dense.engine.launch import ProcessDied, launch
 from d2dense.engine.trainer import Trainer
-from d2dense.errors import UserError
+from d2dense.errors import UserError, run_tool
 from tests.engine import workers
 from tests.engine.fakes import FakeExperiment, make_batches
-
-TORCHRUN = {
-    "TORCHELASTIC_RUN_ID": "none",
-    "RANK": "5",
-    "WORLD_SIZE": "8",
-    "LOCAL_RANK": "1",
-    "LOCAL_WORLD_SIZE": "4",
-}
-SLURM = {
-    "SLURM_STEP_NUM_TASKS": "8",
-    "SLURM_STEP_NUM_NODES": "2",
-    "SLURM_STEP_NODELIST": "gpu[007-009,012]",
-    "SLURM_JOB_ID": "123456",
-    "SLURM_PROCID": "5",
-    "SLURM_LOCALID": "1",
-}
 
 
 def notes(folder):
     return [json.loads((folder / f"note{rank}.json").read_text()) for rank in (0, 1)]
 
 
-def test_environment_of_torchrun():
-    place = environment_processes(TORCHRUN)
-    assert (place.rank, place.world_size) == (5, 8)
-    assert (place.local_rank, place.local_size) == (1, 4)
-    assert place.init_method == "env://"
-
-
-def test_environment_of_srun():
-    place = environment_processes(SLURM)
-    assert (place.rank, place.world_size) == (5, 8)
-    assert (place.local_rank, place.local_size) == (1, 4)
-    assert place.init_method == "tcp://gpu007:23456"
-    given = environment_processes({**SLURM, "MASTER_ADDR": "head", "MASTER_PORT": "99"})
-    assert given.init_method == "tcp://head:99"
-    with pytest.raises(UserError, match="ntasks-per-node"):
-        environment_processes({**SLURM, "SLURM_STEP_NUM_NODES": "3"})
-
-
-@pytest.mark.parametrize(
-    ("nodelist", "host"),
-    [
-        ("one", "one"),
-        ("a,b", "a"),
-        ("n[3,5]", "n3"),
-        ("n[01-04]-ib,x", "n01-ib"),
-        ("login-1,gpu[2-3]", "login-1"),
-    ],
-)
-def test_first_host_of_a_slurm_list(nodelist, host):
-    place = environment_processes({**SLURM, "SLURM_STEP_NODELIST": nodelist})
-    assert place.init_method.startswith(f"tcp://{host}:")
-
-
-def test_a_plain_shell_and_a_batch_script_start_one_process():
-    assert environment_processes({}) is None
-    assert environment_processes({"SLURM_NTASKS": "4", "SLURM_PROCID": "0"}) is None
-
-
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
         ({"num_machines": 2}, "--dist-url"),
+        ({"dist_url": "somewhere"}, "'somewhere' names no place to meet; expected tcp://HOST:PORT"),
+        ({"dist_url": "tcp://host"}, "'tcp://host' names no place"),
+        ({"dist_url": "tcp://host:99999"}, "names no place"),
         ({"num_gpus": 0}, "must be 1 or more"),
         ({"machine_rank": 1}, "--machine-rank 1 must be from 0 to 0"),
         ({"device": "cuda", "num_gpus": 99}, "--device cpu"),
@@ -125,6 +77,13 @@ def test_two_processes_train_like_one(tmp_path):
     assert (tmp_path / "two" / "model_best.pth").is_file()
 
 
+def test_a_parameter_that_one_process_does_not_use_is_named(tmp_path):
+    with pytest.raises(
+        UserError, match=r"depends on unused.weight, unused.bias; .*ddp.find_unused"
+    ):
+        launch(workers.unused_on_the_second, workers.arguments(output_dir=str(tmp_path)))
+
+
 def test_all_processes_stop_early_together_and_unused_parameters_are_no_obstacle(tmp_path):
     launch(workers.stop_early, workers.arguments(output_dir=str(tmp_path)))
     assert notes(tmp_path) == [2, 2]
@@ -135,6 +94,30 @@ def test_cpu_processes_share_the_cores(tmp_path, monkeypatch):
     launch(workers.count_threads, workers.arguments(output_dir=str(tmp_path)))
     counts = [int((tmp_path / f"threads{rank}").read_text()) for rank in (0, 1)]
     assert counts == [max(1, os.cpu_count() // 2)] * 2
+
+
+def test_flags_that_contradict_the_launcher(monkeypatch):
+    place = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
+    for name, value in {**place, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=r"--num-gpus 3, but torchrun or srun started 2"):
+        launch(workers.describe, workers.arguments(num_gpus=3))
+
+
+def test_a_killed_process_ends_the_others_and_is_named(monkeypatch, capsys):
+    """The other process neither exchanges anything nor obeys SIGTERM."""
+    monkeypatch.setattr(launching, "GRACE_SECONDS", 0.5)
+    start = time.monotonic()
+    with pytest.raises(ProcessDied, match=r"\(pid \d+\) was ended by SIGKILL") as caught:
+        launch(workers.die_on_the_second, workers.arguments())
+    assert time.monotonic() - start < 60
+    assert "--resume" in str(caught.value)
+
+    def main():
+        raise caught.value
+
+    assert run_tool(main) == 1
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_a_users_mistake_in_a_process_is_one_user_error():
@@ -155,3 +138,32 @@ def test_torchrun_is_picked_up(tmp_path, repo_root):
     assert [note["rank"] for note in notes(tmp_path)] == [0, 1]
     assert all(note["world"] == 2 and note["sum"] == 3 for note in notes(tmp_path))
     assert [note["local"] for note in notes(tmp_path)] == [0, 1]
+
+
+def test_srun_is_picked_up(tmp_path, repo_root):
+    """Two tasks on one node, with the variables that srun sets for each of them."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    step = {
+        "SLURM_STEP_NUM_TASKS": "2",
+        "SLURM_STEP_TASKS_PER_NODE": "2",
+        "SLURM_STEP_NODELIST": "localhost",
+        "SLURM_JOB_ID": "1",
+        "MASTER_PORT": str(port),
+    }
+    environment = {**os.environ, **step, "NOTES": str(tmp_path), "PYTHONPATH": str(repo_root)}
+    command = [sys.executable, "-m", "tests.engine.workers"]
+    tasks = [
+        subprocess.Popen(
+            command,
+            env={**environment, "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)},
+            cwd=repo_root,
+        )
+        for rank in (0, 1)
+    ]
+    assert [task.wait(120) for task in tasks] == [0, 0]
+    assert [(note["rank"], note["local"], note["sum"]) for note in notes(tmp_path)] == [
+        (0, 0, 3),
+        (1, 1, 3),
+    ]

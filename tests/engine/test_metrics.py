@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from detectron2.utils import comm
 
 from d2dense.engine.metrics import TensorStorage
 
@@ -37,3 +38,38 @@ def test_tensors_are_read_once_per_flush_and_keep_their_iterations():
     assert storage.latest()["plain"] == (14.0, 14)
     storage.flush()
     assert len(storage.history("loss").values()) == 5
+
+
+def test_what_changes_in_place_is_reported_as_it_was():
+    with TensorStorage() as storage:
+        counter = torch.zeros(())
+        for iteration in range(3):
+            storage.iter = iteration
+            storage.put_scalar("count", counter.add_(1))
+        storage.flush()
+    assert [value for value, _ in storage.history("count").values()] == [1, 2, 3]
+
+
+def test_long_runs_keep_the_latest_values_only():
+    with TensorStorage(max_length=50) as storage:
+        for iteration in range(1000):
+            storage.iter = iteration
+            storage.put_scalar("plain", iteration)
+            storage.put_scalar("tensor", torch.tensor(float(iteration)))
+            if iteration % 20 == 19:
+                storage.flush()
+    for name in ("plain", "tensor"):
+        assert storage.history(name).values() == [(float(i), i) for i in range(950, 1000)]
+    assert storage.latest_with_smoothing_hint(20)["tensor"] == (989.5, 999)
+
+
+def test_processes_without_writers_keep_no_pictures(monkeypatch):
+    """Models with a VIS_PERIOD draw in every process."""
+    picture = torch.zeros(3, 2, 2, dtype=torch.uint8)
+    for is_main, kept in ((True, 1), (False, 0)):
+        monkeypatch.setattr(comm, "is_main_process", lambda is_main=is_main: is_main)
+        with TensorStorage() as storage:
+            storage.put_image("proposals", picture)
+            storage.put_histogram("scores", torch.arange(3.0))
+            storage.flush()
+        assert len(storage._vis_data) == len(storage._histograms) == kept

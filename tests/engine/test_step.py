@@ -67,6 +67,26 @@ def test_model_that_returns_one_loss():
     assert set(step(iter(make_batches(1, 2))).losses) == {"loss"}
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda losses: {**losses, "loss_third": 0.0}, "loss 'loss_third' is a float"),
+        (lambda losses: {"loss_all": torch.ones(2)}, r"loss 'loss_all' is of shape \(2,\)"),
+        (lambda losses: {}, "returned an empty dict"),
+        (lambda losses: None, "returned NoneType"),
+        (lambda losses: list(losses.values()), "returned list"),
+    ],
+)
+def test_losses_of_another_kind_are_named(change, message):
+    class Odd(TinyModel):
+        def forward(self, batch):
+            return change(super().forward(batch))
+
+    _, step = build(Odd())
+    with pytest.raises(UserError, match=message):
+        step(iter(make_batches(1, 2)))
+
+
 def test_bfloat16_on_the_cpu_computes_in_bfloat16_and_trains():
     seen = []
     model, step = build(amp_enabled=True, amp_dtype="bfloat16")

@@ -6,15 +6,19 @@ import json
 import logging
 import pickle
 import re
+import types
 
 import pytest
 import torch
+from detectron2.engine import HookBase
+from fvcore.nn import sigmoid_focal_loss
 from torch import nn
 
 from d2dense import checkpoint
 from d2dense.engine.trainer import Trainer
 from d2dense.errors import UserError
-from tests.engine.fakes import FakeExperiment, make_batches
+from tests.engine import detectors
+from tests.engine.fakes import FakeExperiment, TinyModel, make_batches
 
 
 def weights(path):
@@ -102,12 +106,12 @@ def interrupt(trainer, *, after):
     """Let ``trainer`` fail in the step after ``after`` completed ones, as a crash would."""
     step = trainer.step
 
-    def failing(batches):
+    def failing(batches, **kwargs):
         if trainer.completed == after:
             raise Stop
-        return step(batches)
+        return step(batches, **kwargs)
 
-    failing.model, failing.scaler = step.model, step.scaler
+    failing.model, failing.scaler, failing.guard = step.model, step.scaler, step.guard
     trainer.step = failing
     with pytest.raises(Stop):
         trainer.train()
@@ -150,6 +154,140 @@ def test_resume_without_a_checkpoint_starts_anew_and_a_finished_run_stays(tmp_pa
     assert (tmp_path / "model_final.pth").stat().st_mtime_ns == before
     with pytest.raises(UserError, match="does not fit this config"):
         Trainer(FakeExperiment(tmp_path, norm=True), resume=True)
+
+
+def sgd(parameters):
+    return torch.optim.SGD(parameters, 0.05, 0.9, weight_decay=0.1)
+
+
+def adamw(parameters):
+    return torch.optim.AdamW(parameters, 0.01, weight_decay=0.3)
+
+
+@pytest.mark.parametrize(("before", "after"), [(sgd, adamw), (adamw, sgd)])
+def test_another_optimizer_cannot_go_on(tmp_path, before, after):
+    Trainer(FakeExperiment(tmp_path, test_names=(), optimizer=before)).train()
+    names = rf"trained with {before(weight()).__class__.__name__}.*SOLVER.OPTIMIZER"
+    with pytest.raises(UserError, match=names):
+        Trainer(FakeExperiment(tmp_path, test_names=(), optimizer=after), resume=True)
+
+
+def weight():
+    return [torch.zeros(1, requires_grad=True)]
+
+
+def test_options_of_the_optimizer_are_those_of_the_present_config(tmp_path):
+    """As the learning rates are; the momentum that it has gathered goes on."""
+    Trainer(FakeExperiment(tmp_path, test_names=(), optimizer=sgd)).train()
+    saved = checkpoint.read(tmp_path / "model_final.pth")["optimizer"]["state"]
+
+    def other(parameters):
+        return torch.optim.SGD(parameters, 0.05, 0.8, weight_decay=0.2)
+
+    experiment = FakeExperiment(tmp_path, test_names=(), optimizer=other, max_iter=8)
+    trainer = Trainer(experiment, resume=True)
+    (group,) = trainer.optimizer.param_groups
+    assert (group["momentum"], group["weight_decay"]) == (0.8, 0.2)
+    for number, parameter in enumerate(group["params"]):
+        found = trainer.optimizer.state[parameter]["momentum_buffer"]
+        assert torch.equal(found, saved[number]["momentum_buffer"])
+
+
+@pytest.mark.parametrize("has_optimizer", [False, True])
+def test_a_checkpoint_of_another_program_cannot_go_on(tmp_path, has_optimizer):
+    """A bare state dict, and what Detectron2's own trainer writes."""
+    model = FakeExperiment(tmp_path).build_model()
+    content = model.state_dict()
+    if has_optimizer:
+        content = {"model": content, "optimizer": sgd(model.parameters()).state_dict()}
+        content |= {"scheduler": {"last_epoch": 3}, "iteration": 2}
+    torch.save(content, tmp_path / "model_0000002.pth")
+    (tmp_path / "last_checkpoint").write_text("model_0000002.pth")
+    with pytest.raises(UserError, match="another program wrote it; load it as initial weights"):
+        Trainer(FakeExperiment(tmp_path), resume=True)
+
+
+class Counter(HookBase):
+    """Counts steps, and reports how many there were."""
+
+    count = 0
+
+    def before_step(self):
+        self.count += 1
+
+    def after_step(self):
+        self.trainer.storage.put_scalar("count", torch.tensor(self.count), smoothing_hint=False)
+
+    def state_dict(self):
+        return {"count": self.count}
+
+    def load_state_dict(self, state):
+        self.count = state["count"]
+
+
+def test_hooks_of_users_are_reported_in_time_and_get_their_state_back(tmp_path):
+    settings = {"checkpoint_period": 2, "max_iter": 8, "test_names": ()}
+    trainer = Trainer(FakeExperiment(tmp_path, **settings))
+    trainer.register_hooks([Counter(), None])
+    interrupt(trainer, after=5)
+    trainer = Trainer(FakeExperiment(tmp_path, **settings), resume=True)
+    counter = Counter()
+    trainer.register_hooks([counter])
+    assert counter.count == 4
+    trainer.train()
+    assert {row["iteration"]: row["count"] for row in metrics(tmp_path)} == {2: 3, 5: 6, 7: 8}
+
+
+def test_a_saved_state_that_no_hook_takes_is_said(tmp_path, caplog):
+    trainer = Trainer(FakeExperiment(tmp_path, test_names=()))
+    trainer.register_hooks([Counter()])
+    trainer.train()
+    Trainer(FakeExperiment(tmp_path, test_names=()), resume=True).train()
+    assert "no hook takes the saved state of Counter" in caplog.text
+
+
+def test_the_normalizer_of_a_dense_detector_goes_on(tmp_path):
+    """RetinaNet keeps it in a plain attribute, which no state dict has.
+
+    Losses are equal to rounding only: TorchScript computes the first focal losses of a process in
+    another order than the later ones.
+    """
+
+    def experiment(folder):
+        made = FakeExperiment(folder, test_names=(), checkpoint_period=2, max_iter=4, log_period=1)
+        made.batches = [[detectors.image(n, 1 + 3 * n)] for n in range(4)]
+        made.build_model = lambda: detectors.build(detectors.retinanet_config())
+        made.build_lr_multiplier = lambda: lambda progress: 1e-3
+        return made
+
+    Trainer(experiment(tmp_path / "whole")).train()
+    interrupt(Trainer(experiment(tmp_path / "parts")), after=3)
+    resumed = Trainer(experiment(tmp_path / "parts"), resume=True)
+    assert resumed.model.loss_normalizer < 100
+    resumed.train()
+    found, expected = (
+        {row["iteration"]: row["total_loss"] for row in metrics(tmp_path / name)}
+        for name in ("parts", "whole")
+    )
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_reports_after_a_resume_count_the_iterations_that_were_done(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    settings = {"max_iter": 8, "log_period": 4, "checkpoint_period": 4, "eval_period": 4}
+    with pytest.raises(IndexError):  # in the evaluation after four steps, before the report
+        Trainer(FakeExperiment(tmp_path, script=[], **settings)).train()
+    Trainer(FakeExperiment(tmp_path, **settings), resume=True).train()
+    lines = [r.getMessage() for r in caplog.records if r.getMessage().startswith("iter ")]
+    assert [line.split()[1] for line in lines] == ["4/8", "8/8"]
+
+
+def test_what_a_run_reported_before_its_first_checkpoint_is_not_reported_twice(tmp_path):
+    settings = {"log_period": 1, "max_iter": 4, "test_names": ()}
+    interrupt(Trainer(FakeExperiment(tmp_path, **settings)), after=2)
+    assert [row["iteration"] for row in metrics(tmp_path)] == [0, 1]
+    Trainer(FakeExperiment(tmp_path, **settings), resume=True).train()
+    assert [row["iteration"] for row in metrics(tmp_path)] == [0, 1, 2, 3]
 
 
 def test_only_the_newest_periodic_checkpoints_stay_also_after_resuming(tmp_path):
@@ -239,6 +377,22 @@ def test_best_checkpoint_and_early_stop(tmp_path):
     assert [row["iteration"] for row in metrics(tmp_path)][-1] == 9
 
 
+@pytest.mark.parametrize("change", [{"best_metric": "fake/score-per-class"}, {"best_mode": "min"}])
+def test_patience_starts_anew_with_another_goal(tmp_path, change):
+    settings = {
+        "best_metric": "fake/score",
+        "early_stop_patience": 2,
+        "eval_period": 2,
+        "max_iter": 20,
+    }
+    first = Trainer(FakeExperiment(tmp_path, script=[3.0, 2.0, 2.0], **settings))
+    first.train()
+    assert first.completed == 6
+    again = Trainer(FakeExperiment(tmp_path, script=[2.0] * 9, **settings | change), resume=True)
+    again.train()
+    assert again.completed == 12  # a new best at 8, and two evaluations more
+
+
 def test_lower_can_be_better_and_a_wrong_metric_is_named(tmp_path):
     settings = {"eval_period": 2, "best_mode": "min", "best_metric": "fake/score"}
     trainer = Trainer(FakeExperiment(tmp_path / "a", script=[3.0, 1.0, 2.0], **settings))
@@ -311,59 +465,50 @@ def test_compile_is_opt_in_and_changes_no_result(tmp_path, monkeypatch):
         torch.testing.assert_close(runs[1][name], value)
 
 
-class Block(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.linear = nn.Linear(4, 4)
-        self.checkpointing = False
-
-    def set_grad_checkpointing(self, enable=True):
-        self.checkpointing = enable
-
-
-def test_activation_checkpointing_reaches_every_module_that_offers_it(tmp_path):
-    experiment = FakeExperiment(tmp_path, activation_checkpointing=True)
-    with pytest.raises(UserError, match="activation_checkpointing"):
-        Trainer(experiment)
-    build = experiment.build_model
-
-    def with_blocks():
-        model = build()
-        model.blocks = nn.ModuleList([Block(), Block()])
-        return model
-
-    experiment.build_model = with_blocks
-    trainer = Trainer(experiment)
-    assert [block.checkpointing for block in trainer.model.blocks] == [True, True]
-
-
-def test_detectron2_residual_blocks_recompute_with_equal_gradients():
-    from detectron2.modeling.backbone.resnet import BasicBlock
-
-    from d2dense.engine.recompute import enable_activation_checkpointing
-
-    torch.manual_seed(0)
-    plain = nn.Sequential(BasicBlock(4, 4, norm="FrozenBN"))
-    torch.manual_seed(0)
-    wrapped = nn.Sequential(BasicBlock(4, 4, norm="FrozenBN"), BasicBlock(4, 4, norm="BN"))
-    names = set(wrapped.state_dict())
-    assert enable_activation_checkpointing(wrapped) == 1  # batch statistics must not move twice
-    assert set(wrapped.state_dict()) == names
-    calls = []
-    wrapped[0].conv1.register_forward_hook(lambda *_: calls.append(1))
-    inputs = torch.randn(1, 4, 5, 5)
-    wrapped[0](inputs).sum().backward()
-    plain[0](inputs).sum().backward()
-    assert len(calls) == 2
-    for expected, found in zip(plain[0].parameters(), wrapped[0].parameters()):
-        assert torch.equal(found.grad, expected.grad)
-    wrapped.eval()
-    wrapped[0](inputs)
-    assert len(calls) == 3
-
-
 def test_an_empty_training_loader_is_said(tmp_path):
     experiment = FakeExperiment(tmp_path)
-    experiment.build_train_loader = list
+    experiment.build_train_loader = lambda **stream: []
     with pytest.raises(UserError, match="no batch"):
         Trainer(experiment).train()
+
+
+def test_a_new_run_sets_the_metrics_of_an_earlier_one_aside(tmp_path):
+    for earlier in ([], ["metrics-1.json"], ["metrics-1.json", "metrics-2.json"]):
+        Trainer(FakeExperiment(tmp_path, test_names=())).train()
+        assert sorted(f.name for f in tmp_path.glob("metrics-*")) == earlier
+        assert [row["iteration"] for row in metrics(tmp_path)] == [2, 5]
+
+
+class ScriptedLoss(TinyModel):
+    """Its loss is a TorchScript function of its own, which PyTorch profiles in its first calls."""
+
+    def __init__(self):
+        super().__init__()
+        code = sigmoid_focal_loss.__code__
+        own = types.FunctionType(code, sigmoid_focal_loss.__globals__, "own_focal_loss")
+        own.__annotations__ = sigmoid_focal_loss.__annotations__
+        self.focal_loss = torch.jit.script(own)
+        generator = torch.Generator().manual_seed(0)
+        self.scores = nn.Parameter(torch.randn(5000, 3, generator=generator))
+        self.targets = (torch.rand(5000, 3, generator=generator) > 0.9).float()
+        self.seen = []
+        self.scores.register_hook(lambda gradient: self.seen.append(gradient.clone()))
+
+    def forward(self, batch):
+        losses = super().forward(batch)
+        loss = self.focal_loss(self.scores, self.targets, 0.25, 2.0, "sum")
+        return losses | {"loss_focal": loss}
+
+
+def test_scripted_losses_have_the_same_bits_in_their_first_calls_and_later(tmp_path):
+    """With a rate of zero nothing changes, so every step must give the same gradient."""
+    experiment = FakeExperiment(
+        tmp_path, test_names=(), optimizer=lambda parameters: torch.optim.SGD(parameters, 0.0)
+    )
+    experiment.build_model = ScriptedLoss
+    trainer = Trainer(experiment)
+    trainer.train()
+    first, *others = trainer.model.seen
+    assert len(others) == 5
+    assert first.abs().sum() > 0
+    assert all(torch.equal(first, each) for each in others)

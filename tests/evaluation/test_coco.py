@@ -386,3 +386,50 @@ def test_users_mistakes(crowd_json, tmp_path):
     register(NAME, json_file=str(tmp_path / "broken.json"))
     with pytest.raises(UserError, match="not valid json"):
         feed(COCOEvaluator(NAME), predictions)
+
+
+SPOILED = {
+    "an entry of text": (lambda c: c["annotations"].append("x"), "no object"),
+    "annotations of text": (lambda c: c.update(annotations="x"), "not a list"),
+    "no image id": (lambda c: c["images"][0].pop("id"), "no 'id'"),
+    "an entry without its image": (lambda c: c["annotations"][0].pop("image_id"), "no object"),
+    "a box of texts": (lambda c: c["annotations"][0].update(bbox=["1"] * 4), "four finite"),
+    "no area": (lambda c: c["annotations"][0].update(area=float("nan")), "area nan"),
+    "a far polygon": (
+        lambda c: c["annotations"][0].update(segmentation=[[0, 0, 1e9, 0, 5, 5]]),
+        "beyond any picture",
+    ),
+    "a mask of lies": (
+        lambda c: c["annotations"][0].update(segmentation={"size": [60, 80], "counts": "000"}),
+        "of 0 pixels",
+    ),
+    "a category without a name": (lambda c: c["categories"][0].pop("name"), "'name'"),
+}
+
+
+@pytest.mark.parametrize("case", SPOILED)
+def test_a_file_that_contradicts_itself_is_one_line(crowd_json, tmp_path, case):
+    """Native code is never given numbers that are none, or that ask for gigabytes."""
+    change, reason = SPOILED[case]
+    given = metadata(str(crowd_json))
+    content = json.loads(crowd_json.read_text())
+    change(content)
+    path = tmp_path / "spoiled.json"
+    path.write_text(json.dumps(content))
+    register(NAME, json_file=str(path), **given)
+    with pytest.raises(UserError, match=reason):
+        feed(COCOEvaluator(NAME), random_predictions(13, 4))
+
+
+def test_masks_need_the_size_of_their_images(crowd_json, tmp_path):
+    given = metadata(str(crowd_json))
+    content = json.loads(crowd_json.read_text())
+    for image in content["images"]:
+        del image["height"]
+    path = tmp_path / "without.json"
+    path.write_text(json.dumps(content))
+    register(NAME, json_file=str(path), **given)
+    predictions = random_predictions(13, 4)
+    assert "bbox" in feed(COCOEvaluator(NAME, tasks=["bbox"]), predictions)
+    with pytest.raises(UserError, match="no height and width"):
+        feed(COCOEvaluator(NAME, tasks=["segm"]), predictions)

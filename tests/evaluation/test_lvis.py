@@ -1,5 +1,6 @@
 """LVIS's measures against the lvis package's own accumulation."""
 
+import json
 import logging
 import math
 
@@ -10,6 +11,7 @@ import pytest
 from d2dense.data.coco_format import metadata
 from d2dense.errors import UserError
 from d2dense.evaluation import LVISEvaluator, build_evaluator
+from d2dense.evaluation.lvis import lvis_precision
 from tests.evaluation.samples import feed, make_instances, noisy_predictions, register, unregister
 
 lvis = pytest.importorskip("lvis")
@@ -121,3 +123,39 @@ def test_users_mistakes(excerpt, tmp_path):
     register(NAME, json_file=str(excerpt), **metadata(str(excerpt)))
     with pytest.raises(UserError, match="image 1 was predicted but is not in"):
         feed(LVISEvaluator(NAME), {1: box})
+
+
+def test_an_object_without_area_has_that_of_its_box(tmp_path):
+    """Hand-made files lack it; a size group of 10 x 20 pixels is small either way."""
+    content = {
+        "images": [{"id": 1, "file_name": "a.jpg", "height": 50, "width": 50}],
+        "categories": [{"id": 1, "name": "a", "frequency": "f"}],
+        "annotations": [{"id": 1, "image_id": 1, "category_id": 1, "bbox": [5, 5, 10, 20]}],
+    }
+    results = []
+    for area in ({}, {"area": 200}):
+        content["annotations"][0] |= area
+        (tmp_path / "lvis.json").write_text(json.dumps(content))
+        found = {"image_id": 1, "category_id": 1, "score": 0.9, "bbox": [5, 5, 10, 20]}
+        results.append(lvis_precision(tmp_path / "lvis.json", [found], task="bbox", max_dets=300))
+    np.testing.assert_array_equal(*results)
+    assert results[0][..., 0].min() == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("ids", [(None, 1), (1, 1)])
+def test_objects_need_ids_of_their_own(tmp_path, ids):
+    content = {
+        "images": [{"id": 1, "file_name": "a.jpg", "height": 50, "width": 50}],
+        "categories": [{"id": 1, "name": "a", "frequency": "f"}],
+        "annotations": [
+            {"image_id": 1, "category_id": 1, "bbox": [5, 5, 10, 20], **({"id": i} if i else {})}
+            for i in ids
+        ],
+    }
+    path = tmp_path / "lvis.json"
+    path.write_text(json.dumps(content))
+    register(NAME, json_file=str(path), image_root="", evaluator_type="lvis", **metadata(path))
+    evaluator = LVISEvaluator(NAME, tasks=("bbox",))
+    evaluator.reset()
+    with pytest.raises(UserError, match="number the annotations"):
+        evaluator.evaluate()

@@ -1,4 +1,4 @@
-"""One process of an evaluation on several: every kind of test set, images dealt out in turn."""
+"""One process of an evaluation on several: every kind of test set, two ways to deal out images."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import numpy as np
 from detectron2.utils import comm
 from PIL import Image
 
-from d2dense.data import cityscapes
+from d2dense.data import cityscapes, coco_format
+from d2dense.data.loaders import build_test_loader
 from d2dense.evaluation import build_evaluator, evaluate, write_results
 from tests.evaluation.samples import (
     Oracle,
@@ -23,16 +24,14 @@ from tests.evaluation.samples import (
     register,
 )
 
-IMAGES = 5
 
-
-def write_data(root):
-    """Write five images' annotations of every kind."""
+def write_data(root, count=5):
+    """Write the annotations of every kind for ``count`` images."""
     rng, root = np.random.default_rng(0), Path(root)
     town = root / "gt" / "town"
     town.mkdir(parents=True)
     annotations = []
-    for k in range(IMAGES):
+    for k in range(count):
         labels = np.full((50, 70), 7, dtype=np.uint8)
         ids = labels.astype(np.uint16)
         for number, label in enumerate(rng.choice([11, 21, 24, 26, 33], size=8)):
@@ -46,8 +45,15 @@ def write_data(root):
             annotations.append({**annotation, "segmentation": polygon})
         Image.fromarray(labels).save(town / f"town_{k}_0_gtFine_labelIds.png")
         Image.fromarray(ids).save(town / f"town_{k}_0_gtFine_instanceIds.png")
-    images = [{"id": k, "file_name": f"{k}.jpg", "height": 50, "width": 70} for k in range(IMAGES)]
-    categories = [{"id": k, "name": str(k)} for k in (11, 21, 24, 26, 33)]
+    # LVIS wants to know more of images and categories than COCO does
+    known = {"neg_category_ids": [], "not_exhaustive_category_ids": []}
+    images = [
+        {"id": k, "file_name": f"{k}.jpg", "height": 50, "width": 70, **known} for k in range(count)
+    ]
+    categories = [
+        {"id": k, "name": str(k), "frequency": frequency}
+        for k, frequency in zip((11, 21, 24, 26, 33), "rcfff")
+    ]
     content = {"images": images, "categories": categories, "annotations": annotations}
     (root / "truth.json").write_text(json.dumps(content, default=int))
 
@@ -62,6 +68,8 @@ def build(root):
         for image, path in zip(images, sorted(gt_dir.glob("*/*labelIds.png")))
     ]
     register("loop_coco", json_file=str(json_file), evaluator_type="coco")
+    names = coco_format.metadata(str(json_file))
+    register("loop_lvis", json_file=str(json_file), evaluator_type="lvis", **names)
     register(
         "loop_sem_seg",
         records,
@@ -78,8 +86,9 @@ def build(root):
         outputs["ins"][key] = {"instances": cityscapes_instances(gt_dir, image, rng)}
         outputs["semantic"][key] = {"sem_seg": one_hot(cityscapes_semantic(gt_dir, image, rng), 19)}
     found = noisy_predictions(json_file, with_masks=True)
-    numbered = [{"image_id": k} for k in range(IMAGES)]
+    numbered = [{"image_id": k} for k in range(len(images))]
     models = {
+        "loop_lvis": (numbered, Oracle({k: {"instances": v} for k, v in found.items()})),
         "loop_coco": (numbered, Oracle({k: {"instances": v} for k, v in found.items()})),
         "loop_sem_seg": (images, Oracle(outputs["sem_seg"])),
         "loop_instance": (images, Oracle(outputs["ins"])),
@@ -89,22 +98,38 @@ def build(root):
 
 
 def run(args):
-    """Evaluate this process's share; the first image makes up for the odd number."""
-    rank, world_size = comm.get_rank(), comm.get_world_size()
+    """Evaluate this process's share of every data set in ``args.roots``, dealt out both ways."""
+    for root in args.roots:
+        for deal in (in_order, padded):
+            evaluate_all(Path(root), deal)
+
+
+def evaluate_all(root, deal):
     results = {}
-    for name, (images, model, evaluator) in build(args.root).items():
-        share = (images + images[: -len(images) % world_size])[rank::world_size]
-        loader = [share[i : i + 2] for i in range(0, len(share), 2)]
-        found = evaluate(model, {name: loader}, {name: evaluator})
-        assert bool(found) == (rank == 0)
+    for name, (images, model, evaluator) in build(root).items():
+        found = evaluate(model, {name: deal(images)}, {name: evaluator})
+        assert bool(found) == comm.is_main_process()
         results |= found
-    if rank == 0:
-        write_results(results, Path(args.root) / f"results{world_size}.json")
+    if comm.is_main_process():
+        path = root / f"results_{deal.__name__}_{comm.get_world_size()}.json"
+        write_results(results, path)
 
 
-def read(root, world_size):
+def in_order(images):
+    """What the library's own loader gives: each image once, to some processes perhaps none."""
+    return build_test_loader(dataset=images, mapper=dict, batch_size=2, num_workers=0)
+
+
+def padded(images):
+    """Equally many for every process, as other samplers do: some images are seen twice."""
+    rank, world_size = comm.get_rank(), comm.get_world_size()
+    share = (images * world_size)[: len(images) + -len(images) % world_size][rank::world_size]
+    return [share[i : i + 2] for i in range(0, len(share), 2)]
+
+
+def read(root, deal, world_size):
     """Return the results, flat, without what is undefined."""
-    results = json.loads((Path(root) / f"results{world_size}.json").read_text())
+    results = json.loads((Path(root) / f"results_{deal}_{world_size}.json").read_text())
     flat = {
         (name, task, metric): value
         for name, tasks in results.items()

@@ -38,7 +38,7 @@ def tiny_cfg(heads="FSCascadeROIHeads", *, mask=False, arch="GeneralizedRCNN", *
     model = cfg.MODEL
     model.DEVICE, model.META_ARCHITECTURE, model.MASK_ON = "cpu", arch, mask
     model.PIXEL_STD = [58.0, 57.0, 57.0]
-    dense = arch == "RetinaNet"
+    dense = arch.endswith("RetinaNet")
     model.BACKBONE.NAME = "build_exportable_backbone"
     model.FPN.IN_FEATURES = ["res2", "res3", "res4", "res5"][dense:]
     model.ANCHOR_GENERATOR.SIZES = [[16], [32], [64], [128], [256]]

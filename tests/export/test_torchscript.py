@@ -25,6 +25,8 @@ KINDS = {
     "mask_rcnn": {"heads": "StandardROIHeads", "mask": True},
     "faster_rcnn": {"heads": "StandardROIHeads"},
     "retinanet": {"arch": "RetinaNet"},
+    "batch_retinanet": {"arch": "BatchRetinaNet"},
+    "flexible_cascade_mask": {"heads": "FlexibleCascadeROIHeads", "mask": True},
 }
 TRACE_ONLY = {
     "detectron2_cascade": {"heads": "CascadeROIHeads"},

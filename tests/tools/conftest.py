@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from types import SimpleNamespace
 
 import cv2
@@ -79,6 +80,18 @@ train = common.train(
 """
 
 
+@pytest.fixture(autouse=True)
+def _quiet_logging():
+    """The command line sets up the root logger; leave it as it was."""
+    root = logging.getLogger()
+    level = root.level
+    yield
+    for handler in [each for each in root.handlers if hasattr(each, "_d2dense_handler")]:
+        root.removeHandler(handler)
+        handler.close()
+    root.setLevel(level)
+
+
 @pytest.fixture(scope="session")
 def coco_set(tmp_path_factory):
     """Six pictures of 48 x 32 with one or two boxes each, in COCO's format."""
@@ -112,10 +125,14 @@ def coco_set(tmp_path_factory):
 @pytest.fixture
 def configs(tmp_path, coco_set):
     """Paths of the yaml and the lazy config; outputs go to ``out_yaml`` and ``out_lazy``."""
+    return write_configs(tmp_path, coco_set)
+
+
+def write_configs(folder, coco_set):
     result = {}
     for kind, text, suffix in (("yaml", YAML, "yaml"), ("lazy", LAZY, "py")):
-        path = tmp_path / f"tiny.{suffix}"
-        output = str(tmp_path / f"out_{kind}")
+        path = folder / f"tiny.{suffix}"
+        output = str(folder / f"out_{kind}")
         path.write_text(text.format(json=coco_set.json, images=coco_set.images, output=output))
         result[kind] = str(path)
     return result

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import subprocess
 import sys
@@ -18,18 +17,6 @@ from d2dense.engine.train_net import main
 from d2dense.errors import UserError, run_tool
 
 KINDS = ("yaml", "lazy")
-
-
-@pytest.fixture(autouse=True)
-def _quiet_logging():
-    """The command line sets up the root logger; leave it as it was."""
-    root = logging.getLogger()
-    level = root.level
-    yield
-    for handler in [each for each in root.handlers if hasattr(each, "_d2dense_handler")]:
-        root.removeHandler(handler)
-        handler.close()
-    root.setLevel(level)
 
 
 def rows(folder):
@@ -114,6 +101,17 @@ FIELDS = {
     "best_mode": ("TEST.BEST_MODE", "train.best.mode", "min"),
     "early_stop_patience": ("TEST.EARLY_STOP_PATIENCE", "train.early_stop_patience", 3),
     "allow_pickle": ("TRAIN.ALLOW_PICKLE", "train.allow_pickle", True),
+    "reinit_misshaped": ("TRAIN.REINIT_MISSHAPED", "train.reinit_misshaped", True),
+    "total_batch_size": ("SOLVER.IMS_PER_BATCH", "dataloader.train.total_batch_size", 8),
+    "lr_rule": ("SOLVER.LR_SCALING.RULE", "train.lr_scaling.rule", "sqrt"),
+    "reference_batch_size": (
+        "SOLVER.LR_SCALING.REFERENCE_BATCH",
+        "train.lr_scaling.reference_batch",
+        32,
+    ),
+    "non_finite_policy": ("TRAIN.NON_FINITE.POLICY", "train.non_finite.policy", "skip"),
+    "max_skipped_steps": ("TRAIN.NON_FINITE.MAX_SKIPS", "train.non_finite.max_skips", 7),
+    "sharding": ("TRAIN.SHARDING", "train.sharding", "zero1"),
 }
 
 
