@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sized
-
 from detectron2.config import CfgNode
 
 from d2dense.errors import UserError
+from d2dense.modeling import check_first_iou, check_per_stage
 
-__all__ = ["add_fscascade_config", "check_config", "check_per_stage"]
+__all__ = ["add_fscascade_config", "check_config"]
 
 
 def add_fscascade_config(cfg: CfgNode) -> None:
@@ -32,16 +31,6 @@ def add_fscascade_config(cfg: CfgNode) -> None:
     node.TEST_SCORES = "last"
 
 
-def check_per_stage(num_stages: int, **per_stage: Sized) -> None:
-    """Raise a ``UserError`` that names what does not have one entry per stage."""
-    for name, values in per_stage.items():
-        if len(values) != num_stages:
-            raise UserError(
-                f"{name} has {len(values)} entries, but the cascade has {num_stages} stages: give "
-                f"one per stage"
-            )
-
-
 def check_config(cfg: CfgNode) -> None:
     """Raise a ``UserError`` for yacs settings that no cascade can be built from."""
     cascade, box_head = cfg.MODEL.ROI_BOX_CASCADE_HEAD, cfg.MODEL.ROI_BOX_HEAD
@@ -58,8 +47,4 @@ def check_config(cfg: CfgNode) -> None:
             "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG is False, but each stage of a cascade hands "
             "one box per region on: set it to True"
         )
-    if cascade.IOUS[0] != cfg.MODEL.ROI_HEADS.IOU_THRESHOLDS[0]:
-        raise UserError(
-            f"MODEL.ROI_HEADS.IOU_THRESHOLDS[0] is {cfg.MODEL.ROI_HEADS.IOU_THRESHOLDS[0]}, but "
-            f"the first of MODEL.ROI_BOX_CASCADE_HEAD.IOUS is {cascade.IOUS[0]}: make them equal"
-        )
+    check_first_iou(cfg)

@@ -1,38 +1,26 @@
 """Class and box layers of one cascade stage, fed by two different features.
 
-Letters: R regions over all images, K foreground classes, F foreground regions, D size of the class
-    feature.
+Letters: R regions over all images, K foreground classes, D size of the class feature, C channels, S
+side of the pooled map.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from detectron2.config import configurable
-from detectron2.layers import ShapeSpec, cross_entropy
-from detectron2.modeling.box_regression import Box2BoxTransform, _dense_box_regression_loss
-from detectron2.modeling.roi_heads.fast_rcnn import FastRCNNOutputLayers
-from fvcore.nn import smooth_l1_loss
+from detectron2.layers import ShapeSpec
+from detectron2.modeling.box_regression import Box2BoxTransform
 from torch import Tensor, nn
 
 from d2dense.errors import UserError
-
-from .regions import Regions
+from d2dense.modeling import RegionPredictor, box_transform
 
 __all__ = ["BOX_PREDICTORS", "StagePredictor", "box_transform"]
 
 BOX_PREDICTORS = ("flatten", "avgpool")
 
 
-def box_transform(*, weights: Sequence[float]) -> Box2BoxTransform:
-    """Return the box coder with the weights of (dx, dy, dw, dh); TorchScript needs them as a tuple,
-    which a lazy config cannot hold.
-    """
-    return Box2BoxTransform(weights=tuple(float(w) for w in weights))
-
-
-class StagePredictor(FastRCNNOutputLayers):
+class StagePredictor(RegionPredictor):
     """``cls_score`` on the class feature and ``bbox_pred`` on the box feature.
 
     Without ``box_input_shape`` both layers read the same feature, and the module is Detectron2's
@@ -122,64 +110,4 @@ class StagePredictor(FastRCNNOutputLayers):
 
     def probs(self, class_feature: Tensor) -> Tensor:
         """Return class probabilities ``(R, K + 1)``."""
-        logits = self.logits(class_feature)
-        if self.use_sigmoid_ce:
-            return logits.sigmoid()
-        return torch.softmax(logits, dim=-1)
-
-    def decode(self, deltas: Tensor, boxes: Tensor) -> Tensor:
-        """Apply deltas to absolute xyxy boxes ``(R, 4)``; computed in float32 and not clipped."""
-        return self.box2box_transform.apply_deltas(deltas, boxes)
-
-    @torch.jit.unused
-    def region_losses(self, logits: Tensor, deltas: Tensor, regions: Regions) -> dict[str, Tensor]:
-        """Return ``loss_cls`` (mean over regions) and ``loss_box_reg`` (foreground sum / all
-        regions), weighted.
-        """
-        logits = logits.float()
-        if self.use_sigmoid_ce:
-            loss_cls = self.sigmoid_cross_entropy_loss(logits, regions.classes)
-        else:
-            loss_cls = cross_entropy(logits, regions.classes, reduction="mean")
-        losses = {"loss_cls": loss_cls, "loss_box_reg": self._box_loss(deltas.float(), regions)}
-        return {name: loss * self.loss_weight.get(name, 1.0) for name, loss in losses.items()}
-
-    def _box_loss(self, deltas: Tensor, regions: Regions) -> Tensor:
-        fg = regions.foreground
-        boxes, gt_boxes = regions.boxes[fg], regions.gt_boxes[fg]
-        if deltas.shape[1] == 4:
-            deltas = deltas[fg]
-        else:
-            deltas = deltas.view(-1, self.num_classes, 4)[fg, regions.classes[fg]]
-        if self.box_reg_loss_type == "smooth_l1":
-            target = _encode(boxes, gt_boxes, self.box2box_transform.weights)
-            loss = smooth_l1_loss(deltas, target, beta=self.smooth_l1_beta, reduction="sum")
-        else:
-            loss = _dense_box_regression_loss(
-                [boxes],
-                self.box2box_transform,
-                [deltas[None]],
-                [gt_boxes],
-                ...,
-                self.box_reg_loss_type,
-                self.smooth_l1_beta,
-            )
-        return loss / max(regions.classes.numel(), 1)
-
-
-def _encode(boxes: Tensor, gt_boxes: Tensor, weights: tuple[float, ...]) -> Tensor:
-    """Return the deltas ``(F, 4)`` that move boxes to gt_boxes; Detectron2's own version checks the
-    boxes on the host.
-    """
-    size, gt_size = boxes[:, 2:] - boxes[:, :2], gt_boxes[:, 2:] - gt_boxes[:, :2]
-    centre, gt_centre = boxes[:, :2] + 0.5 * size, gt_boxes[:, :2] + 0.5 * gt_size
-    shift, scale = gt_centre - centre, gt_size / size
-    return torch.stack(
-        [
-            weights[0] * shift[:, 0] / size[:, 0],
-            weights[1] * shift[:, 1] / size[:, 1],
-            weights[2] * torch.log(scale[:, 0]),
-            weights[3] * torch.log(scale[:, 1]),
-        ],
-        dim=1,
-    )
+        return self.scores(self.logits(class_feature))

@@ -10,18 +10,17 @@ from collections.abc import Sequence
 import torch
 from detectron2.config import configurable
 from detectron2.layers import ShapeSpec
-from detectron2.modeling.matcher import Matcher
 from detectron2.modeling.poolers import ROIPooler
-from detectron2.modeling.roi_heads import ROI_HEADS_REGISTRY, StandardROIHeads, build_box_head
-from detectron2.modeling.roi_heads.fast_rcnn import fast_rcnn_inference
-from detectron2.structures import Boxes, ImageList, Instances
+from detectron2.modeling.roi_heads import ROI_HEADS_REGISTRY, build_box_head
+from detectron2.structures import Instances
 from torch import Tensor, nn
 
 from d2dense.errors import UserError
+from d2dense.modeling import BatchedCascadeROIHeads, check_per_stage
+from d2dense.modeling.regions import clip_lists
 
-from .config import check_config, check_per_stage
+from .config import check_config
 from .predictor import StagePredictor, box_transform
-from .regions import pool_lists
 from .sharing import ClassificationHeads, LocalizationHead
 from .training import box_losses
 
@@ -35,7 +34,7 @@ def test_score_modes(num_stages: int) -> list[str]:
 
 
 @ROI_HEADS_REGISTRY.register()
-class FSCascadeROIHeads(StandardROIHeads):
+class FSCascadeROIHeads(BatchedCascadeROIHeads):
     """Cascade of box heads with shared classification (CFS) and localisation (LFS) features, and
     optional mask branch.
 
@@ -66,9 +65,6 @@ class FSCascadeROIHeads(StandardROIHeads):
         mask_*, keypoint_*: as in Detectron2's ``StandardROIHeads``
     """
 
-    mask_on: torch.jit.Final[bool]  # constants, so that scripting drops the branches that are off
-    keypoint_on: torch.jit.Final[bool]
-
     @configurable
     def __init__(
         self,
@@ -94,9 +90,8 @@ class FSCascadeROIHeads(StandardROIHeads):
         keypoint_pooler: ROIPooler | None = None,
         keypoint_head: nn.Module | None = None,
     ):
-        num_stages = len(box_heads)
         check_per_stage(
-            num_stages,
+            len(box_heads),
             box_predictors=box_predictors,
             iou_thresholds=iou_thresholds,
             stage_loss_weights=stage_loss_weights,
@@ -106,31 +101,28 @@ class FSCascadeROIHeads(StandardROIHeads):
             num_classes=num_classes,
             batch_size_per_image=batch_size_per_image,
             positive_fraction=positive_fraction,
-            proposal_matcher=Matcher([iou_thresholds[0]], [0, 1], allow_low_quality_matches=False),
             proposal_append_gt=proposal_append_gt,
-            box_in_features=list(box_in_features),
+            box_in_features=box_in_features,
             box_pooler=box_pooler,
             box_head=ClassificationHeads(box_heads, sharing=cfs),
-            box_predictor=nn.ModuleList(box_predictors),
-            mask_in_features=None if mask_in_features is None else list(mask_in_features),
+            box_predictors=box_predictors,
+            iou_thresholds=iou_thresholds,
+            stage_loss_weights=stage_loss_weights,
+            scale_gradients=scale_gradients,
+            mask_in_features=mask_in_features,
             mask_pooler=mask_pooler,
             mask_head=mask_head,
             keypoint_in_features=keypoint_in_features,
             keypoint_pooler=keypoint_pooler,
             keypoint_head=keypoint_head,
         )
-        self.num_cascade_stages = num_stages
-        self.iou_thresholds = tuple(iou_thresholds)
         self.loc_head = loc_head
-        self.stage_loss_weights = tuple(stage_loss_weights)
-        self.scale_gradients = scale_gradients
         self.test_scores = "last"
         self.set_test_scores(test_scores)
 
     @classmethod
     def from_config(cls, cfg, input_shape):
         arguments = super().from_config(cfg, input_shape)
-        del arguments["proposal_matcher"], arguments["train_on_pred_boxes"]
         node = cfg.MODEL.FSCASCADE
         arguments["cfs"] = node.CFS
         arguments["stage_loss_weights"] = node.STAGE_LOSS_WEIGHTS
@@ -168,13 +160,7 @@ class FSCascadeROIHeads(StandardROIHeads):
                 relu_after_1x1=node.LFS_RELU_AFTER_1X1,
             )
         return {
-            "box_in_features": in_features,
-            "box_pooler": ROIPooler(
-                output_size=side,
-                scales=tuple(1.0 / input_shape[name].stride for name in in_features),
-                sampling_ratio=cfg.MODEL.ROI_BOX_HEAD.POOLER_SAMPLING_RATIO,
-                pooler_type=cfg.MODEL.ROI_BOX_HEAD.POOLER_TYPE,
-            ),
+            **cls._init_box_pooler(cfg, input_shape),
             "box_heads": heads,
             "box_predictors": predictors,
             "loc_head": loc_head,
@@ -192,30 +178,13 @@ class FSCascadeROIHeads(StandardROIHeads):
             )
         self.test_scores = mode
 
-    def forward(
-        self,
-        images: ImageList,
-        features: dict[str, Tensor],
-        proposals: list[Instances],
-        targets: list[Instances] | None = None,
-    ) -> tuple[list[Instances], dict[str, Tensor]]:
-        """As Detectron2's ``ROIHeads.forward``: in training (proposals, losses), else (detections,
-        {}).
-        """
-        if self.training:
-            return self._forward_train(features, proposals, targets)
-        detections = self._forward_box(features, proposals)
-        return self.forward_with_given_boxes(features, detections), {}
-
     @torch.jit.unused
-    def _forward_train(self, features, proposals, targets):
-        if not targets:
-            raise ValueError("training needs ground truth: the batch has no 'instances'")
-        proposals = self.label_and_sample_proposals(proposals, targets)
+    def _region_losses(
+        self, features: dict[str, Tensor], proposals: list[Instances], targets: list[Instances]
+    ) -> dict[str, Tensor]:
         losses = box_losses(self, features, proposals, targets)
         losses.update(self._forward_mask(features, proposals))
-        losses.update(self._forward_keypoint(features, proposals))
-        return proposals, losses
+        return losses
 
     def _forward_box(
         self,
@@ -290,7 +259,7 @@ class FSCascadeROIHeads(StandardROIHeads):
         for k, predictor in enumerate(self.box_predictor):
             if k <= final:
                 if k > 0:
-                    boxes = _clip(predicted[-1].split(sizes), proposals)
+                    boxes = clip_lists(predicted[-1].split(sizes), proposals)
                 x = self._pool(levels, boxes)
                 if not keep_all:
                     pooled, own, predicted = [], [], []
@@ -302,13 +271,6 @@ class FSCascadeROIHeads(StandardROIHeads):
                     own.append(box_feature)
                 predicted.append(predictor.decode(predictor.deltas(box_feature), torch.cat(boxes)))
         return pooled, own, predicted
-
-    def _pool(self, levels: list[Tensor], boxes: list[Tensor]) -> Tensor:
-        if torch.jit.is_scripting():
-            return self.box_pooler(levels, [Boxes(b) for b in boxes])
-        if torch.jit.is_tracing():
-            return self.box_pooler(levels, [Boxes(b) for b in boxes])
-        return pool_lists(self.box_pooler, levels, boxes)
 
     def _probs(self, class_feature: Tensor, stage: int) -> Tensor:
         probs = class_feature
@@ -322,36 +284,3 @@ class FSCascadeROIHeads(StandardROIHeads):
         for k in range(1, len(class_features)):
             total = total + self._probs(class_features[k], k)
         return total * (1.0 / len(class_features))
-
-    def _detections(
-        self,
-        boxes: Tensor,
-        probs: Tensor,
-        proposals: list[Instances],
-    ) -> list[Instances]:
-        sizes = [p.proposal_boxes.tensor.shape[0] for p in proposals]
-        predictor = self.box_predictor[-1]
-        detections, _ = fast_rcnn_inference(
-            boxes.split(sizes),
-            probs.split(sizes),
-            [p.image_size for p in proposals],
-            predictor.test_score_thresh,
-            predictor.test_nms_thresh,
-            predictor.test_topk_per_image,
-        )
-        return detections
-
-
-def _clip(boxes: list[Tensor], proposals: list[Instances]) -> list[Tensor]:
-    """Clip the boxes of each image; Detectron2's ``Boxes.clip`` also checks them on the host, per
-    image.
-    """
-    clipped: list[Tensor] = []
-    for b, p in zip(boxes, proposals):
-        height, width = p.image_size
-        x1 = b[:, 0].clamp(min=0, max=width)
-        y1 = b[:, 1].clamp(min=0, max=height)
-        x2 = b[:, 2].clamp(min=0, max=width)
-        y2 = b[:, 3].clamp(min=0, max=height)
-        clipped.append(torch.stack((x1, y1, x2, y2), dim=1))
-    return clipped

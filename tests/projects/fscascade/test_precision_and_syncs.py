@@ -4,29 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.modeling.waiting import OpCounter
 from tests.projects.fscascade import builders as b
-
-
-class OpCounter(TorchDispatchMode):
-    """Counts operators, and those whose result size or value the host must wait for on a GPU."""
-
-    WAITING = ("aten.nonzero", "aten._local_scalar_dense", "aten.masked_select", "aten.unique")
-
-    def __init__(self):
-        super().__init__()
-        self.total = self.waiting = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.total += 1
-        # a boolean mask as an index is a nonzero in disguise
-        masked = str(func).startswith("aten.index") and any(
-            isinstance(index, torch.Tensor) and index.dtype in (torch.bool, torch.uint8)
-            for index in (args[1] if isinstance(args[1], (list, tuple)) else ())
-        )
-        self.waiting += masked or str(func).startswith(self.WAITING)
-        return func(*args, **(kwargs or {}))
 
 
 def box_loss_ops(num_images: int, **settings) -> OpCounter:
@@ -39,13 +19,6 @@ def box_loss_ops(num_images: int, **settings) -> OpCounter:
         with OpCounter() as counter:
             box_losses(heads, b.features(num_images), labelled, gt)
     return counter
-
-
-def test_the_counter_sees_what_waits():
-    x = torch.arange(4)
-    with OpCounter() as counter:
-        x[x > 1], x.nonzero(), x[torch.tensor([0])]
-    assert counter.waiting == 2
 
 
 @pytest.mark.parametrize("settings", [{}, {"cfs": False, "lfs": False}, {"lfs_mode": "cached"}])
