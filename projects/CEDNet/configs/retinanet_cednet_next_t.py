@@ -1,0 +1,14 @@
+"""RetinaNet on CEDNet-NeXt-T with the official recipe.
+
+Set ``train.init_checkpoint`` to an ImageNet checkpoint that tools/convert_checkpoint.py has
+converted.
+"""
+
+from detectron2.config import LazyCall as L
+
+from cednet import CEDNet, CEDNetTrunk
+from d2dense.config import detectors
+
+from .common.coco import dataloader, lr_multiplier, optimizer, train
+
+model = detectors.retinanet(backbone=L(CEDNet)(trunk=L(CEDNetTrunk)(drop_path=0.2)))

@@ -1,0 +1,151 @@
+"""Configs: yaml equals lazy, and the tiny model trains."""
+
+import json
+
+import pytest
+import torch
+from detectron2.config import instantiate
+from detectron2.structures import Boxes, Instances
+from detectron2.utils.events import EventStorage
+
+from cednet.official_names import correspondence
+from d2dense import config, model_zoo
+from d2dense.data import mappers
+from d2dense.data.copy_paste import build_copy_paste
+from d2dense.engine.experiment import experiment
+from tests.projects.cednet import golden
+from tests.projects.fscascade.test_configs import optimizer_groups, settings_of
+from tools import analyze_model
+
+NAMES = [name for name in model_zoo.list_models() if name.startswith("CEDNet/")]
+TINY = [name for name in NAMES if "tiny_shapes" in name]
+KINDS = ("yaml", "lazy")
+
+
+def on_meta(name, kind):
+    with torch.device("meta"):
+        return config.build_model(model_zoo.get_config(name, kind), device="meta")
+
+
+def test_the_zoo_has_them_in_both_kinds():
+    assert "CEDNet/retinanet_cednet_next_t" in NAMES
+    assert TINY
+    assert all(name in model_zoo.list_models(kind) for name in NAMES for kind in KINDS)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_both_kinds_give_the_same_model_and_run(name):
+    by_yaml, by_lazy = (
+        experiment(model_zoo.get_config(name, kind), device="cpu") for kind in KINDS
+    )
+    assert by_yaml.settings == by_lazy.settings
+    assert by_yaml.train_names == by_lazy.train_names
+    assert by_yaml.test_names == by_lazy.test_names
+    models = [on_meta(name, kind) for kind in KINDS]
+    assert str(models[0]) == str(models[1])
+    shapes = [{k: v.shape for k, v in model.state_dict().items()} for model in models]
+    assert list(shapes[0].items()) == list(shapes[1].items())
+    assert settings_of(models[0]) == settings_of(models[1])
+    groups = [optimizer_groups(e, model) for e, model in zip((by_yaml, by_lazy), models)]
+    assert groups[0] == groups[1]
+    schedules = [e.build_lr_multiplier() for e in (by_yaml, by_lazy)]
+    where = torch.linspace(0, 0.999, 97).tolist()
+    assert [schedules[0](t) for t in where] == pytest.approx([schedules[1](t) for t in where])
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("train", [True, False])
+def test_both_kinds_read_data_alike(name, train):
+    yaml, lazy = (model_zoo.get_config(name, kind) for kind in KINDS)
+    node = lazy.dataloader.train if train else lazy.dataloader.test
+    by_yaml, by_lazy = mappers.from_cfg(yaml, train), instantiate(node.mapper)
+    ours, theirs = (
+        # lists and tuples say the same
+        {k: str(v).translate(str.maketrans("()", "[]")) for k, v in vars(mapper).items() if train}
+        for mapper in (by_yaml, by_lazy)
+    )
+    assert ours == theirs
+    if train:
+        assert node.total_batch_size == yaml.SOLVER.IMS_PER_BATCH
+        pasters = [build_copy_paste(yaml), instantiate(node.get("copy_paste"))]
+        settings = [each and vars(each) for each in pasters]
+        assert settings[0] == settings[1]
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_both_kinds_start_from_the_same_values(name):
+    states = []
+    for kind in KINDS:
+        torch.manual_seed(0)
+        cfg = model_zoo.get_config(name, kind)
+        states.append(config.build_model(cfg, device="cpu").state_dict())
+    assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
+
+
+# ------------------------------------------------ the official recipe
+
+
+def test_the_analysis_tool_prints_the_costs_of_the_paper(tmp_path):
+    report = tmp_path / "costs.json"
+    argv = ["--config-file", "CEDNet/retinanet_cednet_next_t", "--json", str(report)]
+    analyze_model.main([*argv, "--without-attention", "--input-size", "800", "1280"])
+    found = json.loads(report.read_text())
+    assert found["params"] == 38_635_380
+    assert found["macs"] == pytest.approx(254.5e9, rel=0.01)
+
+
+@pytest.mark.skipif(not golden.train_meta(), reason="no official training facts here")
+def test_optimizer_groups_are_the_official_ones():
+    run = experiment(model_zoo.get_config("CEDNet/retinanet_cednet_next_t"), device="cpu")
+    model = on_meta("CEDNet/retinanet_cednet_next_t", "lazy")
+    names = correspondence(model, ()).names
+    expected = golden.train_meta()["param_groups"]["retinanet_next_tiny"]
+    found = {}
+    for group in optimizer_groups(run, model):
+        for name in group["params"]:
+            scale = group["lr"] / expected["base_lr"]
+            found[names.get(name, name)] = (scale, group["weight_decay"])
+    heads = {value for name, value in found.items() if name.startswith("head.")}
+    assert heads == {(1.0, 1e-4)}
+    for name, value in expected["params"].items():
+        if name.startswith("backbone."):
+            assert found[name] == pytest.approx(tuple(value)), name
+
+
+def test_schedule():
+    run = experiment(model_zoo.get_config("CEDNet/retinanet_cednet_next_t"), device="cpu")
+    lr, steps = run.build_lr_multiplier(), run.settings.max_iter
+    assert steps == round(36 * 117_266 / 16 + 1e-6)
+    epochs = [lr(epoch / 36) for epoch in (1, 26.99, 27.01, 32.99, 33.01)]
+    assert epochs == pytest.approx([1, 1, 0.1, 0.1, 0.01])
+    assert lr(0) == pytest.approx(0.001)
+    assert lr(250 / steps) == pytest.approx(0.5, rel=0.01)
+
+
+# ------------------------------------------------ the tiny model
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_tiny_model_fits_a_batch(kind):
+    torch.manual_seed(0)
+    model = config.build_model(model_zoo.get_config(TINY[0], kind), device="cpu").train()
+    target = Instances((64, 96))
+    target.gt_boxes = Boxes(torch.tensor([[10.0, 12.0, 40.0, 50.0], [50.0, 5.0, 90.0, 40.0]]))
+    target.gt_classes = torch.tensor([1, 4])
+    image = torch.randint(0, 256, (3, 64, 96), generator=torch.Generator().manual_seed(0))
+    batch = [{"image": image.to(torch.uint8), "instances": target}]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    losses = []
+    with EventStorage():
+        for _ in range(12):
+            loss = sum(model(batch).values())
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(float(loss.detach()))
+    assert losses[-1] < 0.7 * losses[0]
+    without = [name for name, p in model.named_parameters() if p.grad is None]
+    assert without == []
+    with torch.no_grad():
+        result = model.eval()(batch)[0]["instances"]
+    assert result.image_size == (64, 96)
