@@ -8,7 +8,7 @@ STAMP := $(VENV)/.d2dense-ready
 REQUIREMENTS := $(wildcard requirements/*.txt) setup.py pyproject.toml d2dense/install_detectron2.py
 PIP_INSTALL = $(PY) -m pip install --quiet --constraint requirements/constraints.txt
 
-.PHONY: setup demo test lint bench detectron2-official clean
+.PHONY: setup demo test test-long lint bench detectron2-official clean
 .DEFAULT_GOAL := setup
 
 setup: $(STAMP)
@@ -30,6 +30,10 @@ demo: setup
 
 test: setup
 	@$(PY) -m pytest $(PYTEST_ARGS)
+
+# one at a time: they kill processes, measure memory and count executions
+test-long: setup
+	@$(PY) -m pytest -m long -n 0 $(PYTEST_ARGS)
 
 lint: setup
 	@$(PY) -m ruff check .
