@@ -157,3 +157,5 @@ def _add_model_keys(cfg: CN) -> None:
     # and initial weights: timm's own, or a file.
     cfg.MODEL.TIMM.PRETRAINED = False
     cfg.MODEL.TIMM.WEIGHTS = ""
+    # Further arguments of timm's constructor in capitals, such as DEPTHS: [1, 1, 2, 1].
+    cfg.MODEL.TIMM.OPTIONS = CN(new_allowed=True)

@@ -54,6 +54,8 @@ class TimmBackbone(Backbone):
             official checkpoints hold it.
         pretrained: start from timm's weights of this name (downloaded)
         weights: start from this file instead, in timm's or the official names of the model
+        options: further arguments of the model's constructor in timm, such as
+            ``{"depths": [1, 1, 2, 1], "dims": [24, 48, 64, 96]}`` for a small ConvNeXt
     """
 
     @configurable
@@ -68,9 +70,18 @@ class TimmBackbone(Backbone):
         out_norm: str = "",
         pretrained: bool = False,
         weights: str = "",
+        options: Mapping[str, Any] | None = None,
     ):
         super().__init__()
-        self.model = _build(name, out_indices, drop_path_rate, pretrained, weights)
+        arguments = {
+            key: tuple(value)
+            if isinstance(value, Sequence) and not isinstance(value, str)
+            else value
+            for key, value in (options or {}).items()
+        }  # timm takes no lists of a config
+        if drop_path_rate:
+            arguments["drop_path_rate"] = drop_path_rate
+        self.model = _build(name, out_indices, arguments, pretrained, weights)
         _change_norms(self, norm)
         strides = self.model.feature_info.reduction()
         channels = self.model.feature_info.channels()
@@ -106,6 +117,7 @@ class TimmBackbone(Backbone):
             "out_norm": node.OUT_NORM,
             "pretrained": node.PRETRAINED,
             "weights": node.WEIGHTS,
+            "options": {key.lower(): value for key, value in node.OPTIONS.items()},
         }
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
@@ -171,7 +183,11 @@ class TimmBackbone(Backbone):
 
 
 def _build(
-    name: str, out_indices: Sequence[int], drop_path_rate: float, pretrained: bool, weights: str
+    name: str,
+    out_indices: Sequence[int],
+    options: Mapping[str, Any],
+    pretrained: bool,
+    weights: str,
 ) -> nn.Module:
     import timm
 
@@ -180,9 +196,7 @@ def _build(
             f"timm has no model {name!r} (MODEL.TIMM.NAME / name of TimmBackbone)"
             f"{nearest(name, timm.list_models())}"
         )
-    arguments: dict[str, Any] = {"features_only": True, "out_indices": tuple(out_indices)}
-    if drop_path_rate:
-        arguments["drop_path_rate"] = drop_path_rate
+    arguments = {**options, "features_only": True, "out_indices": tuple(out_indices)}
     if "swin" in name:
         arguments["strict_img_size"] = False  # windows are padded
     state = None

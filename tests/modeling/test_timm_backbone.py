@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import timm
 import torch
+from detectron2.config import LazyCall as L
+from detectron2.config import instantiate
 from detectron2.modeling import build_backbone
 from torch import nn
 
@@ -228,8 +230,16 @@ def test_constructor_defaults_are_the_yacs_defaults():
         ({"name": TINY, "norm": "GN"}, "is 'GN'; expected one of FrozenBN"),
         ({"name": TINY, "out_norm": "XN"}, "unknown norm 'XN'"),
         ({"name": TINY, "weights": "no_such_file.pth"}, "no_such_file.pth"),
+        ({"name": "resnet18", "options": {"dpths": [1, 1, 1, 1]}}, "dpths"),
     ],
 )
 def test_mistakes_are_named(arguments, message):
     with pytest.raises(UserError, match=message):
         TimmBackbone(**arguments)
+
+
+def test_options_change_the_model():
+    node = L(TimmBackbone)(name="convnext_tiny", options={"depths": [1, 1, 2, 1], "dims": [8] * 4})
+    shapes = instantiate(node).output_shape()
+    assert [shape.channels for shape in shapes.values()] == [8, 8, 8, 8]
+    assert len(instantiate(node).model.stages_2.blocks) == 2
