@@ -13,6 +13,8 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from d2dense.modeling import SemanticInference
+
 __all__ = ["analyze", "count_macs", "count_parameters", "detection_input", "format_report"]
 
 
@@ -107,6 +109,20 @@ def _spread_boxes(count: int, size: tuple[int, int]) -> Instances:
     return proposals
 
 
+@contextmanager
+def _whole_image(model: nn.Module) -> Iterator[None]:
+    """Let a segmenter see the image once: windows and scales belong to a test, not to it."""
+    inference = getattr(model, "inference", None)
+    if not isinstance(inference, SemanticInference):
+        yield
+        return
+    model.inference = SemanticInference()
+    try:
+        yield
+    finally:
+        model.inference = inference
+
+
 @torch.no_grad()
 def count_macs(model: nn.Module, inputs: Any, *, attention: bool = True) -> dict[str, int]:
     """Return the multiply-accumulates of one forward pass under each module name; ``""`` is the
@@ -114,7 +130,8 @@ def count_macs(model: nn.Module, inputs: Any, *, attention: bool = True) -> dict
 
     Counted are convolutions, matrix products and attention, in eval mode; normalisation,
     activations, resampling, RoIAlign and NMS are not. A two-stage detector gets its largest number
-    of proposals, and its mask branch the largest number of detections.
+    of proposals, and its mask branch the largest number of detections; a segmenter sees the image
+    once.
 
     Args:
         attention: count products of activations with activations too. The counters behind most
@@ -128,6 +145,7 @@ def count_macs(model: nn.Module, inputs: Any, *, attention: bool = True) -> dict
         with (
             _all_proposals(model),
             _all_detections(model),
+            _whole_image(model),
             sdpa_kernel(SDPBackend.MATH),
             counter,
         ):

@@ -126,6 +126,17 @@ def _add_run_keys(cfg: CN) -> None:
     cfg.TEST.BEST_MODE = "max"
     # Evaluations without a new best before the run stops; 0 is off.
     cfg.TEST.EARLY_STOP_PATIENCE = 0
+    # META_ARCHITECTURE "Segmenter" goes over an image in windows of WINDOW (height, width) pixels,
+    # STRIDE apart (() for two thirds of the window), at most MAX_WINDOWS at once; a WINDOW of ()
+    # is the whole image. The arguments are explained in modeling/semantic_inference.py.
+    cfg.TEST.SEM_SEG = CN({"WINDOW": (), "STRIDE": (), "MAX_WINDOWS": 4})
+    # With MULTI_SCALE the image is seen at RATIOS of its size, mirrored too with FLIP, and
+    # "probabilities" or "logits" are averaged.
+    cfg.TEST.SEM_SEG.MULTI_SCALE = False
+    cfg.TEST.SEM_SEG.RATIOS = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
+    cfg.TEST.SEM_SEG.FLIP = True
+    cfg.TEST.SEM_SEG.AVERAGE = "probabilities"
+    cfg.TEST.SEM_SEG.KEEP_ODD = False
 
 
 def _add_model_keys(cfg: CN) -> None:
@@ -143,6 +154,15 @@ def _add_model_keys(cfg: CN) -> None:
     cfg.MODEL.ROI_BOX_CASCADE_HEAD.SCORE_AVERAGE = "probabilities"
     # and whether each stage has a mask head of its own.
     cfg.MODEL.ROI_MASK_HEAD.PER_STAGE = False
+    # META_ARCHITECTURE "Segmenter" (modeling/segmenter.py): (height, width) that training images
+    # are at least filled up to; () for no such size.
+    cfg.MODEL.SEM_SEG_HEAD.PAD_TO = ()
+    # SEM_SEG_HEAD.NAME "UperNetHead" (modeling/upernet.py), CONVS_DIM wide: sides of the pooled
+    # grids, dropout before the classifiers,
+    cfg.MODEL.SEM_SEG_HEAD.POOL_SCALES = (1, 2, 3, 6)
+    cfg.MODEL.SEM_SEG_HEAD.DROPOUT = 0.1
+    # and the map that gets a classifier of its own in training ("" for none).
+    cfg.MODEL.SEM_SEG_HEAD.AUXILIARY = CN({"FEATURE": "", "CHANNELS": 256, "LOSS_WEIGHT": 0.4})
     # BACKBONE.NAME "TimmBackbone", "build_timm_fpn_backbone", "build_retinanet_timm_fpn_backbone"
     # (modeling/timm_backbone.py): timm's name of the model,
     cfg.MODEL.TIMM = CN({"NAME": "convnext_tiny"})

@@ -23,6 +23,7 @@ CLASS_COUNT_KEYS: dict[str, list[str]] = {
     "GeneralizedRCNN": ["MODEL.ROI_HEADS.NUM_CLASSES"],
     "PanopticFPN": ["MODEL.ROI_HEADS.NUM_CLASSES", "MODEL.SEM_SEG_HEAD.NUM_CLASSES"],
     "RetinaNet": ["MODEL.RETINANET.NUM_CLASSES"],
+    "Segmenter": ["MODEL.SEM_SEG_HEAD.NUM_CLASSES"],
     "SemanticSegmentor": ["MODEL.SEM_SEG_HEAD.NUM_CLASSES"],
 }
 

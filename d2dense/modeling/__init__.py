@@ -20,6 +20,8 @@ from .cascade import (
 from .matcher import LOW_QUALITY_MATCHES, AnchorMatcher
 from .region_predictor import RegionPredictor
 from .retinanet import LOSS_NORMALIZERS, BatchRetinaNet
+from .segmenter import Segmenter
+from .semantic_inference import SemanticInference
 from .timm_backbone import TimmBackbone
 from .upernet import PyramidPooling, UperNetHead
 
@@ -34,6 +36,8 @@ __all__ = [
     "FlexibleCascadeROIHeads",
     "PyramidPooling",
     "RegionPredictor",
+    "Segmenter",
+    "SemanticInference",
     "StageMaskHeads",
     "TimmBackbone",
     "UperNetHead",

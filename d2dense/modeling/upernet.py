@@ -9,15 +9,19 @@ from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
+from detectron2.config import CfgNode, configurable
 from detectron2.layers import Conv2d, ShapeSpec, get_norm
 from detectron2.modeling import SEM_SEG_HEADS_REGISTRY
+from fvcore.nn.weight_init import c2_msra_fill
 from torch import Tensor, nn
+
+from d2dense.errors import UserError, nearest
 
 __all__ = ["PyramidPooling", "UperNetHead"]
 
 
 def _conv(in_channels: int, out_channels: int, kernel_size: int, norm: str) -> Conv2d:
-    return Conv2d(
+    conv = Conv2d(
         in_channels,
         out_channels,
         kernel_size,
@@ -26,6 +30,15 @@ def _conv(in_channels: int, out_channels: int, kernel_size: int, norm: str) -> C
         norm=get_norm(norm, out_channels),
         activation=nn.ReLU(),
     )
+    c2_msra_fill(conv)
+    return conv
+
+
+def _classifier(in_channels: int, num_classes: int) -> nn.Conv2d:
+    conv = nn.Conv2d(in_channels, num_classes, 1)
+    nn.init.normal_(conv.weight, std=0.01)
+    nn.init.zeros_(conv.bias)
+    return conv
 
 
 def _resized(x: Tensor, like: Tensor) -> Tensor:
@@ -77,8 +90,12 @@ class UperNetHead(nn.Module):
         auxiliary_channels: its width.
         loss_weight, auxiliary_loss_weight: factors on the two losses.
         ignore_value: label that counts in no loss.
+
+    Raises:
+        UserError: a map that the backbone does not have.
     """
 
+    @configurable
     def __init__(
         self,
         *,
@@ -96,6 +113,14 @@ class UperNetHead(nn.Module):
         ignore_value: int = 255,
     ):
         super().__init__()
+        for name in [*in_features, *([auxiliary_feature] if auxiliary_feature else [])]:
+            if name not in input_shape:
+                raise UserError(
+                    f"UperNetHead takes the map {name!r}, but the backbone has "
+                    f"{', '.join(input_shape)}{nearest(name, input_shape)}; change "
+                    "MODEL.SEM_SEG_HEAD.IN_FEATURES and AUXILIARY.FEATURE / in_features and "
+                    "auxiliary_feature of the head, or the backbone's maps"
+                )
         *fine, coarsest = in_features
         self.in_features = list(in_features)
         self.auxiliary_feature = auxiliary_feature
@@ -116,14 +141,32 @@ class UperNetHead(nn.Module):
         self.output = nn.ModuleList(_conv(channels, channels, 3, norm) for _ in fine)
         self.fuse = _conv(len(in_features) * channels, channels, 3, norm)
         self.dropout = nn.Dropout2d(dropout)
-        self.classifier = nn.Conv2d(channels, num_classes, 1)
+        self.classifier = _classifier(channels, num_classes)
         self.auxiliary = None
         if auxiliary_feature is not None:
             self.auxiliary = nn.Sequential(
                 _conv(input_shape[auxiliary_feature].channels, auxiliary_channels, 3, norm),
                 nn.Dropout2d(dropout),
-                nn.Conv2d(auxiliary_channels, num_classes, 1),
+                _classifier(auxiliary_channels, num_classes),
             )
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, input_shape: Mapping[str, ShapeSpec]) -> dict:
+        node = cfg.MODEL.SEM_SEG_HEAD
+        return {
+            "input_shape": input_shape,
+            "in_features": list(node.IN_FEATURES),
+            "num_classes": node.NUM_CLASSES,
+            "channels": node.CONVS_DIM,
+            "pool_scales": list(node.POOL_SCALES),
+            "norm": node.NORM,
+            "dropout": node.DROPOUT,
+            "auxiliary_feature": node.AUXILIARY.FEATURE or None,
+            "auxiliary_channels": node.AUXILIARY.CHANNELS,
+            "loss_weight": node.LOSS_WEIGHT,
+            "auxiliary_loss_weight": node.AUXILIARY.LOSS_WEIGHT,
+            "ignore_value": node.IGNORE_VALUE,
+        }
 
     def forward(
         self, features: dict[str, Tensor], targets: Tensor | None = None
