@@ -18,7 +18,7 @@ from typing import Any
 from detectron2.config import LazyCall as L
 from detectron2.layers import ShapeSpec
 from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
-from detectron2.modeling.backbone.fpn import FPN, LastLevelMaxPool, LastLevelP6P7
+from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
 from detectron2.modeling.matcher import Matcher
 from detectron2.modeling.meta_arch import GeneralizedRCNN
 from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
@@ -41,6 +41,7 @@ from d2dense.modeling import (
     TimmBackbone,
     box_transform,
 )
+from d2dense.modeling.necks import PaddedFPN
 
 __all__ = ["cascade_mask_rcnn", "faster_rcnn", "mask_rcnn", "retinanet", "timm_fpn"]
 
@@ -61,6 +62,7 @@ def timm_fpn(
     out_indices: Sequence[int] = (0, 1, 2, 3),
     out_norm: str = "LN",
     channels: int = 256,
+    size_divisibility: int | None = None,
 ) -> DictConfig:
     """Return a timm model under Detectron2's feature pyramid.
 
@@ -68,6 +70,7 @@ def timm_fpn(
         width: channels of its last level
         top: ``maxpool`` for p2 to p6; ``p6p7`` for p3 to p7, of which two come from the last level
         out_indices, out_norm: of :class:`TimmBackbone`; ResNets have (1, 2, 3, 4) and no norm
+        size_divisibility: to what multiple batches are filled up; None: 32
     """
     if top not in ("maxpool", "p6p7"):
         raise UserError(f"top of timm_fpn is {top!r}; expected maxpool or p6p7")
@@ -75,13 +78,14 @@ def timm_fpn(
     block = L(LastLevelMaxPool)()
     if top == "p6p7":
         block = L(LastLevelP6P7)(in_channels=width, out_channels=channels)
-    return L(FPN)(
+    return L(PaddedFPN)(
         bottom_up=L(TimmBackbone)(
             name=name, out_indices=list(out_indices), out_features=names, out_norm=out_norm
         ),
         in_features=names,
         out_channels=channels,
         top_block=block,
+        size_divisibility=size_divisibility,
     )
 
 

@@ -1,6 +1,8 @@
-"""Feature pyramids other than Detectron2's FPN, around any backbone."""
+"""Feature pyramids around any backbone."""
 
 from .bifpn import BiFPN
+from .fpn import PaddedFPN
+from .hrfpn import HRFPN
 from .nas_fpn import NASFPN
 
-__all__ = ["NASFPN", "BiFPN"]
+__all__ = ["HRFPN", "NASFPN", "BiFPN", "PaddedFPN"]

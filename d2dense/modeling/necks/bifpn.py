@@ -73,6 +73,8 @@ class BiFPN(Pyramid):
         num_levels: how many levels come out, ``p<k>`` at stride 2^k; coarser ones than the inputs
             are max-pooled
         norm: of the convolutions
+        size_divisibility: to what multiple batches are filled up; None: the coarsest stride of the
+            inputs
     """
 
     def __init__(
@@ -84,6 +86,7 @@ class BiFPN(Pyramid):
         num_layers: int = 7,
         num_levels: int = 5,
         norm: str = "BN",
+        size_divisibility: int | None = None,
     ):
         super().__init__(
             bottom_up=bottom_up,
@@ -91,6 +94,7 @@ class BiFPN(Pyramid):
             out_channels=out_channels,
             num_levels=num_levels,
             norm=norm,
+            size_divisibility=size_divisibility,
         )
         self.layers = nn.ModuleList(
             _Layer(num_levels, out_channels, norm) for _ in range(num_layers)

@@ -57,6 +57,8 @@ class NASFPN(Pyramid):
         out_channels: C
         num_stages: how often the searched cells are repeated
         norm: of the convolutions
+        size_divisibility: to what multiple batches are filled up; None: the coarsest stride of the
+            inputs
     """
 
     def __init__(
@@ -67,6 +69,7 @@ class NASFPN(Pyramid):
         out_channels: int = 256,
         num_stages: int = 7,
         norm: str = "BN",
+        size_divisibility: int | None = None,
     ):
         super().__init__(
             bottom_up=bottom_up,
@@ -74,6 +77,7 @@ class NASFPN(Pyramid):
             out_channels=out_channels,
             num_levels=5,
             norm=norm,
+            size_divisibility=size_divisibility,
         )
         self.stages = nn.ModuleList(_Stage(out_channels, norm) for _ in range(num_stages))
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from d2dense.errors import UserError
 from d2dense.layers import build_norm
 
-__all__ = ["Pyramid", "conv_norm", "resize"]
+__all__ = ["Pyramid", "checked_divisibility", "conv_norm", "resize"]
 
 
 def conv_norm(in_channels: int, out_channels: int, kernel: int, norm: str, **settings) -> Conv2d:
@@ -31,6 +31,22 @@ def conv_norm(in_channels: int, out_channels: int, kernel: int, norm: str, **set
         norm=build_norm(norm, out_channels) if norm else None,
         **settings,
     )
+
+
+def checked_divisibility(wanted: int | None, needed: int) -> int:
+    """Return to what multiple batches are filled up: ``wanted``, or ``needed`` where that is None.
+
+    Raises:
+        UserError: not a multiple of ``needed``.
+    """
+    if wanted is None:
+        return needed
+    if wanted < 1 or wanted % needed:
+        raise UserError(
+            f"size_divisibility (MODEL.FPN.SIZE_DIVISIBILITY) is {wanted}, but the coarsest map "
+            f"below this pyramid has stride {needed}; expected a multiple of it"
+        )
+    return wanted
 
 
 def resize(x: Tensor, size: Sequence[int]) -> Tensor:
@@ -51,6 +67,8 @@ class Pyramid(Backbone):
         in_features: names of its maps, each of half the size of the one before
         num_levels: how many levels come out; ``p<k>`` has stride 2^k
         norm: of the convolutions; empty: none
+        size_divisibility: to what multiple batches are filled up; None: the coarsest stride of the
+            inputs
     """
 
     def __init__(
@@ -61,6 +79,7 @@ class Pyramid(Backbone):
         out_channels: int,
         num_levels: int,
         norm: str,
+        size_divisibility: int | None,
     ):
         super().__init__()
         shapes = bottom_up.output_shape()
@@ -83,7 +102,9 @@ class Pyramid(Backbone):
             f"p{round(math.log2(stride))}": ShapeSpec(channels=out_channels, stride=stride)
             for stride in strides
         }
-        self._size_divisibility = strides[len(in_features) - 1]
+        self._size_divisibility = checked_divisibility(
+            size_divisibility, strides[len(in_features) - 1]
+        )
 
     def fuse(self, levels: list[Tensor]) -> list[Tensor]:
         """Return as many maps of the same sizes, ``(N, C, Hi, Wi)``, finest first."""
