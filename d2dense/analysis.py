@@ -18,6 +18,7 @@ from d2dense.modeling import SemanticInference
 __all__ = ["analyze", "count_macs", "count_parameters", "detection_input", "format_report"]
 
 
+_STRIDE = 32  # of the coarsest maps that backbones make; coarser levels need no such size
 # Products of activations with activations; those with weights are other operators.
 _ATTENTION = (torch.ops.aten.bmm, torch.ops.aten.baddbmm)
 
@@ -123,6 +124,23 @@ def _whole_image(model: nn.Module) -> Iterator[None]:
         model.inference = inference
 
 
+@contextmanager
+def _unfilled(model: nn.Module) -> Iterator[None]:
+    """Let a backbone take the image at its size, rounded up to the stride of its coarsest maps: to
+    fill batches up further is the choice of a recipe and no part of published costs.
+    """
+    backbone = getattr(model, "backbone", None)
+    multiple = getattr(backbone, "_size_divisibility", 0)
+    if multiple <= _STRIDE:
+        yield
+        return
+    backbone._size_divisibility = _STRIDE
+    try:
+        yield
+    finally:
+        backbone._size_divisibility = multiple
+
+
 @torch.no_grad()
 def count_macs(model: nn.Module, inputs: Any, *, attention: bool = True) -> dict[str, int]:
     """Return the multiply-accumulates of one forward pass under each module name; ``""`` is the
@@ -131,7 +149,7 @@ def count_macs(model: nn.Module, inputs: Any, *, attention: bool = True) -> dict
     Counted are convolutions, matrix products and attention, in eval mode; normalisation,
     activations, resampling, RoIAlign and NMS are not. A two-stage detector gets its largest number
     of proposals, and its mask branch the largest number of detections; a segmenter sees the image
-    once.
+    once. The image is filled up to multiples of 32 pixels at most.
 
     Args:
         attention: count products of activations with activations too. The counters behind most
@@ -146,6 +164,7 @@ def count_macs(model: nn.Module, inputs: Any, *, attention: bool = True) -> dict
             _all_proposals(model),
             _all_detections(model),
             _whole_image(model),
+            _unfilled(model),
             sdpa_kernel(SDPBackend.MATH),
             counter,
         ):
