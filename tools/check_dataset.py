@@ -34,6 +34,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--labels", default="", help="folder of the label maps")
     parser.add_argument("--classes", default="", help="file with the class names of label maps")
     parser.add_argument("--ignore-label", type=int, help="by default the class file's, or 255")
+    parser.add_argument(
+        "--reduce-zero-label",
+        action="store_true",
+        help="label maps count classes from 1; 0 is no class",
+    )
     parser.add_argument("--task", default="instance", help="cityscapes: instance or semantic")
     parser.add_argument("--masks", action="store_true", help="masks are needed")
     parser.add_argument("--fast", action="store_true", help="read only the headers of the images")
@@ -69,6 +74,7 @@ def names_of(args: argparse.Namespace) -> tuple[list[str], bool | None]:
         "labels": args.labels,
         "classes": args.classes,
         "ignore_label": args.ignore_label,
+        "reduce_zero_label": args.reduce_zero_label,
         "task": args.task,
     }
     if not (args.json or args.images):
