@@ -2,8 +2,10 @@
 
 Detectron2 registers its names (``coco_2017_train`` ...) under ``$DETECTRON2_DATASETS``. Its
 ``cityscapes_fine_instance_seg_*`` need shapely and are replaced by ours; their names and classes
-stay. ``shapes_train``, ``shapes_val`` and their ``_sem_seg`` twins are generated on first use in
-``$DETECTRON2_DATASETS/shapes``.
+stay. ``shapes_train``, ``shapes_val``, their ``_sem_seg`` twins and ``shapes_objects_*`` (each
+object as a picture, for classifiers) are generated on first use in
+``$DETECTRON2_DATASETS/shapes``. ``imagenet_1k_*`` is read from a folder per class. ``ade20k_sem_seg_*`` read ADE20K's own files, whose classes count
+from 1, instead of converted ones.
 """
 
 from __future__ import annotations
@@ -11,13 +13,14 @@ from __future__ import annotations
 import functools
 import os
 from pathlib import Path
+from typing import Any
 
-import detectron2.data.datasets  # noqa: F401  registers Detectron2's names
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import builtin_meta  # its package registers Detectron2's names
 
-from . import cityscapes, coco_format, folders, shapes
+from . import cityscapes, coco_format, folders, image_folder, shapes
 
-__all__ = ["dataset_root", "register_cityscapes", "register_shapes"]
+__all__ = ["dataset_root", "register_ade20k", "register_cityscapes", "register_shapes"]
 
 
 def dataset_root() -> Path:
@@ -37,6 +40,12 @@ def _make_shapes(root: Path) -> None:
     # A set that is there stays, whatever its size.
     if not all((root / "annotations" / f"instances_{s}.json").is_file() for s in ("train", "val")):
         shapes.ensure(root)
+
+
+def _make_crops(root: Path, split: str) -> None:
+    if not (root / "objects" / split).is_dir():
+        _make_shapes(root)
+        shapes.ensure_crops(root, split)
 
 
 def register_shapes(root: str | Path) -> None:
@@ -68,6 +77,15 @@ def register_shapes(root: str | Path) -> None:
             ignore_label=255,
             evaluator_type="sem_seg",
         )
+        objects = str(root / "objects" / split)
+        _add(
+            f"shapes_objects_{split}",
+            functools.partial(image_folder.load_image_folder, objects, classes=sorted(names)),
+            generate=functools.partial(_make_crops, root, split),
+            image_root=objects,
+            image_classes=sorted(names),
+            evaluator_type="classification",
+        )
 
 
 def register_cityscapes(root: str | Path) -> None:
@@ -88,5 +106,51 @@ def register_cityscapes(root: str | Path) -> None:
             )
 
 
+def register_ade20k(root: str | Path) -> None:
+    """Register ADE20K's 150 classes with its files as they are in ``ADEChallengeData2016``."""
+    root = Path(root, "ADEChallengeData2016")
+    names = [name.strip() for name in builtin_meta.ADE20K_SEM_SEG_CATEGORIES]
+    for split, folder in (("train", "training"), ("val", "validation")):
+        images, labels = str(root / "images" / folder), str(root / "annotations" / folder)
+        _add(
+            f"ade20k_sem_seg_{split}",
+            functools.partial(
+                folders.load_semantic_folder,
+                images,
+                labels,
+                num_classes=len(names),
+                reduce_zero_label=True,
+            ),
+            image_root=images,
+            sem_seg_root=labels,
+            stuff_classes=names,
+            ignore_label=255,
+            reduce_zero_label=True,
+            evaluator_type="sem_seg",
+        )
+
+
+def register_imagenet(root: str | Path) -> None:
+    """Register ``imagenet_1k_train`` and ``imagenet_1k_val`` with a folder per class in
+    ``imagenet/train`` and ``imagenet/val``. The names of the classes are known without them.
+    """
+    for split in ("train", "val"):
+        images = str(Path(root, "imagenet", split))
+        _add(
+            f"imagenet_1k_{split}",
+            functools.partial(_load_imagenet, images),
+            image_root=images,
+            learn_classes=image_folder.imagenet_classes,
+            evaluator_type="classification",
+        )
+
+
+def _load_imagenet(images: str) -> list[dict[str, Any]]:
+    classes = image_folder.imagenet_classes()["image_classes"]
+    return image_folder.load_image_folder(images, classes=classes)
+
+
 register_shapes(dataset_root() / "shapes")
 register_cityscapes(dataset_root())
+register_ade20k(dataset_root())
+register_imagenet(dataset_root())

@@ -223,6 +223,7 @@ def check_dataset(
             metadata.sem_seg_root,
             classes=metadata.stuff_classes,
             ignore_label=metadata.get("ignore_label", 255),
+            reduce_zero_label=metadata.get("reduce_zero_label", False),
             name=name,
             **metadata.get("suffixes", {}),
             **options,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -10,7 +11,7 @@ import numpy as np
 
 from . import folders
 from .check import ImageFile, Report, check_images
-from .reading import SampleError, read_label_map
+from .reading import SampleError, read_label_map, reduce_zero_label
 
 __all__ = ["check_folders", "check_pairs"]
 
@@ -21,6 +22,7 @@ def check_folders(
     *,
     classes: Sequence[str],
     ignore_label: int = 255,
+    reduce_zero_label: bool = False,
     image_suffix: str = "",
     label_suffix: str = ".png",
     name: str = "",
@@ -45,6 +47,7 @@ def check_folders(
         pairs,
         classes=classes,
         ignore_label=ignore_label,
+        reduces_zero=reduce_zero_label,
         decode=decode,
         workers=workers,
     )
@@ -57,17 +60,19 @@ def check_pairs(
     *,
     classes: Sequence[str],
     ignore_label: int,
+    reduces_zero: bool = False,
     decode: bool,
     workers: int,
 ) -> None:
     """Check (picture, label map) files: readable, of one size, and with labels that exist."""
+    count = functools.partial(_count_labels, ignore_label if reduces_zero else None)
     sizes = check_images(
         report, [ImageFile(image) for image, _ in pairs], decode=decode, workers=workers
     )
     pixels: Counter[int] = Counter()
     images: Counter[int] = Counter()
     with ThreadPoolExecutor(workers) as pool:
-        counted = pool.map(_count_labels, [label for _, label in pairs])
+        counted = pool.map(count, [label for _, label in pairs])
         for (image, path), size, found in zip(pairs, sizes, counted):
             if isinstance(found, str):
                 report.add_bad_sample("label maps that cannot be read", found, image)
@@ -94,12 +99,18 @@ def check_pairs(
     _fill_table(report, classes, pixels, images, len(pairs), ignore_label)
 
 
-def _count_labels(path: str) -> tuple[tuple[int, int], dict[int, int]] | str:
-    """Return the size (height, width) and the pixels of each label, or what is wrong."""
+def _count_labels(
+    ignore_label: int | None, path: str
+) -> tuple[tuple[int, int], dict[int, int]] | str:
+    """Return the size (height, width) and the pixels of each label, or what is wrong; with an
+    ``ignore_label`` the file counts classes from 1.
+    """
     try:
         labels = read_label_map(path)
     except SampleError as error:
         return str(error)
+    if ignore_label is not None:
+        labels = reduce_zero_label(labels, ignore_label)
     values, counts = np.unique(labels, return_counts=True)
     return labels.shape, dict(zip(values.tolist(), counts.tolist()))
 

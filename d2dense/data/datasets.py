@@ -21,7 +21,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from d2dense.errors import UserError, nearest
 
-from . import cityscapes, coco_format, folders
+from . import cityscapes, coco_format, folders, image_folder
 from .child import call_in_child
 from .records import Layout, Records, RecordsFile, once_per_machine
 
@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _PREFIX = "custom_"
-_KINDS = ("coco", "lvis", "cityscapes", "sem_seg")
+_KINDS = ("coco", "lvis", "cityscapes", "sem_seg", "image_folder")
 _TASKS = ("instance", "semantic")
 # Metadata entries that are files or folders which must exist before a dataset is read.
 _FILE_KEYS = ("json_file", "image_root", "image_dir", "gt_dir", "sem_seg_root", "panoptic_root")
@@ -52,15 +52,19 @@ class DatasetSpec:
     """Where a dataset is and how to read it.
 
     Attributes:
-        kind: ``coco`` (boxes or masks), ``lvis``, ``cityscapes`` or ``sem_seg``; by default
-            ``coco`` where a json is given and ``sem_seg`` where labels are.
+        kind: ``coco`` (boxes or masks), ``lvis``, ``cityscapes``, ``sem_seg`` or ``image_folder``
+            (a folder per class); by default ``coco`` where a json is given and ``sem_seg`` where
+            labels are.
         json: annotation file of ``coco`` and ``lvis``.
-        images: folder of the pictures; for ``cityscapes`` a split such as ``leftImg8bit/train``.
+        images: folder of the pictures; for ``cityscapes`` a split such as ``leftImg8bit/train``,
+            for ``image_folder`` the folder that holds the classes' folders.
         labels: folder of the label maps; for ``cityscapes`` a split such as ``gtFine/train``.
         classes: class names of ``sem_seg`` in the order of their numbers, or a file with them (a
             json list, or a text file with one name per line).
         ignore_label: pixels with this number have no class (``sem_seg``); None takes the
             ``ignore_label`` of a json file of classes, or 255.
+        reduce_zero_label: the label maps of ``sem_seg`` count classes from 1, and 0 is no class (as
+            in ADE20K).
         image_suffix: ending of the pictures' names; empty takes every usual image file.
         label_suffix: ending of the label maps' names, which replaces the picture's ending.
         task: what to read from ``cityscapes``: ``instance`` or ``semantic``.
@@ -72,6 +76,7 @@ class DatasetSpec:
     labels: str = ""
     classes: str | tuple[str, ...] = ()
     ignore_label: int | None = None
+    reduce_zero_label: bool = False
     image_suffix: str = ""
     label_suffix: str = ".png"
     task: str = "instance"
@@ -99,6 +104,8 @@ class DatasetSpec:
         needed = ("json", "images") if is_json else ("images", "labels")
         if self.kind == "sem_seg":
             needed += ("classes",)
+        if self.kind == "image_folder":
+            needed = ("images",)
         for name in needed:
             if not getattr(self, name):
                 raise UserError(f"{where}: a {self.kind} dataset needs {name!r}; it is not set")
@@ -106,6 +113,8 @@ class DatasetSpec:
             raise UserError(
                 f"{where}: 'classes' is only for sem_seg; a {self.kind} dataset has its own names"
             )
+        if self.kind != "sem_seg" and self.reduce_zero_label:
+            raise UserError(f"{where}: 'reduce_zero_label' is only for sem_seg, not {self.kind}")
 
 
 def register(name: str, spec: DatasetSpec, *, where: str = "") -> None:
@@ -157,6 +166,7 @@ def _folder_reader(spec: DatasetSpec, where: str) -> tuple[Callable, dict[str, A
         "sem_seg_root": spec.labels,
         "evaluator_type": "sem_seg",
         "ignore_label": ignore_label,
+        "reduce_zero_label": spec.reduce_zero_label,
         "suffixes": {"image_suffix": spec.image_suffix, "label_suffix": spec.label_suffix},
     }
     if not isinstance(spec.classes, tuple):
@@ -169,9 +179,17 @@ def _folder_reader(spec: DatasetSpec, where: str) -> tuple[Callable, dict[str, A
         spec.labels,
         ignore_label=ignore_label,
         num_classes=len(metadata["stuff_classes"]) if "stuff_classes" in metadata else None,
+        reduce_zero_label=spec.reduce_zero_label,
         **metadata["suffixes"],
     )
     return loader, metadata
+
+
+def _class_folder_reader(spec: DatasetSpec, where: str) -> tuple[Callable, dict[str, Any]]:
+    metadata = {"image_root": spec.images, "evaluator_type": "classification"}
+    if os.path.isdir(spec.images):
+        metadata["image_classes"] = image_folder.class_folders(spec.images)
+    return functools.partial(image_folder.load_image_folder, spec.images), metadata
 
 
 _READERS = {
@@ -179,6 +197,7 @@ _READERS = {
     "lvis": _json_reader,
     "cityscapes": _cityscapes_reader,
     "sem_seg": _folder_reader,
+    "image_folder": _class_folder_reader,
 }
 
 
@@ -235,6 +254,10 @@ def _entry(key: str, value: Any, where: str) -> Any:
     if key == "ignore_label":
         if isinstance(value, bool) or not isinstance(value, int) or abs(value) >= 2**31:
             raise UserError(f"{where}: ignore_label = {value!r}, expected a whole number")
+        return value
+    if key == "reduce_zero_label":
+        if not isinstance(value, bool):
+            raise UserError(f"{where}: reduce_zero_label = {value!r}, expected true or false")
         return value
     if isinstance(value, (str, Path, int, float)) and not isinstance(value, bool):
         return str(value)

@@ -103,11 +103,13 @@ def load_semantic_folder(
     label_suffix: str = ".png",
     ignore_label: int = 255,
     num_classes: int | None = None,
+    reduce_zero_label: bool = False,
 ) -> list[dict[str, Any]]:
     """Return the records of two folders; pictures without a label map are left out with a warning.
 
     Args:
         num_classes: with it, a label map that holds another class is a bad sample.
+        reduce_zero_label: the label maps count classes from 1, and 0 is no class.
 
     Raises:
         UserError: no picture has a label map.
@@ -135,6 +137,7 @@ def load_semantic_folder(
             "image_id": os.path.splitext(os.path.relpath(image, images))[0],
             "sem_seg_ignore_label": ignore_label,
             **({} if num_classes is None else {"sem_seg_classes": num_classes}),
+            **({"sem_seg_reduce_zero_label": True} if reduce_zero_label else {}),
         }
         for image, label in pairs
     ]

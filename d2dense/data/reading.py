@@ -24,6 +24,7 @@ __all__ = [
     "read_label_map",
     "read_sem_seg",
     "read_size",
+    "reduce_zero_label",
 ]
 
 
@@ -192,18 +193,30 @@ def read_sem_seg(record: dict[str, Any], image: np.ndarray, ignore_label: int) -
     """
     path = record["sem_seg_file_name"]
     labels = read_label_map(path)
+    own = record.get("sem_seg_ignore_label", ignore_label)
+    if record.get("sem_seg_reduce_zero_label", False):
+        labels = reduce_zero_label(labels, own)
     if labels.shape != image.shape[:2]:
         raise SampleError(
             f"label map {path} is {labels.shape[1]}x{labels.shape[0]}, but its image is "
             f"{image.shape[1]}x{image.shape[0]}",
             path,
         )
-    own = record.get("sem_seg_ignore_label", ignore_label)
     if "sem_seg_classes" in record:
         _check_classes(labels, record["sem_seg_classes"], own, path)
     if own != ignore_label:
         labels = np.where(labels == own, np.array(ignore_label, labels.dtype), labels)
     return labels if labels.dtype == np.uint8 else labels.astype(np.float32)
+
+
+def reduce_zero_label(labels: np.ndarray, ignore_label: int) -> np.ndarray:
+    """Return labels (H, W) less one, for files that count classes from 1 and whose 0 is no class:
+    0 and ``ignore_label`` become ``ignore_label``.
+    """
+    no_class = (labels == 0) | (labels == ignore_label)
+    reduced = np.where(no_class, ignore_label, labels.astype(np.int64) - 1)
+    is_small = labels.dtype == np.uint8 and 0 <= ignore_label <= 255
+    return reduced.astype(np.uint8) if is_small else reduced
 
 
 def _check_classes(labels: np.ndarray, count: int, ignore_label: int, path: str) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from d2dense.data import datasets
-from d2dense.data.reading import read_label_map
+from d2dense.data.reading import read_label_map, reduce_zero_label
 from d2dense.errors import UserError
 from d2dense.evaluation.base import ImageEvaluator, image_key
 from d2dense.evaluation.detections import encode_masks
@@ -117,7 +117,8 @@ class SemSegEvaluator(ImageEvaluator):
 
     Args:
         dataset_name: registered data set whose dicts have ``sem_seg_file_name``, with the metadata
-            ``stuff_classes`` and, if not 255, ``ignore_label``.
+            ``stuff_classes`` and, where they are not 255 and False, ``ignore_label`` and
+            ``reduce_zero_label`` (the files count classes from 1).
         output_dir: folder for the predictions as COCO's segments; None writes nothing.
         prediction_key: key of the model's output dict with scores (K, H, W) or integers (H, W).
     """
@@ -136,6 +137,7 @@ class SemSegEvaluator(ImageEvaluator):
                 f"data set {dataset_name!r} has no stuff_classes in its metadata; name its classes"
             )
         self.ignore_label = int(self.metadata.get("ignore_label", 255))
+        self.reduce_zero_label = bool(self.metadata.get("reduce_zero_label", False))
         self.prediction_key = prediction_key
 
     @cached_property
@@ -196,6 +198,8 @@ class SemSegEvaluator(ImageEvaluator):
     def _truth(self, path: str) -> np.ndarray:
         """Return the label map (H, W), -1 where there is no class."""
         labels = read_label_map(path).astype(np.int64)
+        if self.reduce_zero_label:
+            labels = reduce_zero_label(labels, self.ignore_label)
         labels[labels == self.ignore_label] = -1
         if labels.size and labels.max() >= len(self.class_names):
             raise UserError(
