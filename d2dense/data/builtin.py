@@ -4,8 +4,8 @@ Detectron2 registers its names (``coco_2017_train`` ...) under ``$DETECTRON2_DAT
 ``cityscapes_fine_instance_seg_*`` need shapely and are replaced by ours; their names and classes
 stay. ``shapes_train``, ``shapes_val``, their ``_sem_seg`` twins and ``shapes_objects_*`` (each
 object as a picture, for classifiers) are generated on first use in
-``$DETECTRON2_DATASETS/shapes``. ``imagenet_1k_*`` is read from a folder per class. ``ade20k_sem_seg_*`` read ADE20K's own files, whose classes count
-from 1, instead of converted ones.
+``$DETECTRON2_DATASETS/shapes``. ``imagenet_1k_*`` is read from a folder per class.
+``ade20k_sem_seg_*`` read ADE20K's own files, whose classes count from 1, instead of converted ones.
 """
 
 from __future__ import annotations
