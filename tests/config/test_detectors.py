@@ -40,12 +40,13 @@ def macs(model) -> int:
         else:
             model.proposal_generator.rpn_head([levels[f"p{k}"] for k in range(2, 7)])
             heads = model.roi_heads
-            stages = heads.box_head, heads.box_predictor, heads.mask_head
+            stages = [heads.box_head, heads.box_predictor, getattr(heads, "mask_head", None)]
             if not isinstance(heads.box_predictor, torch.nn.ModuleList):
                 stages = [[each] for each in stages]
             for box_head, predictor, mask_head in zip(*stages):
                 predictor(box_head(torch.empty(1000, 256, 7, 7, device="meta")))
-                mask_head.layers(torch.empty(100, 256, 14, 14, device="meta"))
+                if mask_head is not None:
+                    mask_head.layers(torch.empty(100, 256, 14, 14, device="meta"))
     return counter.get_total_flops() // 2
 
 

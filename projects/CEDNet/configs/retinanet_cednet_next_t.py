@@ -6,9 +6,11 @@ converted.
 
 from detectron2.config import LazyCall as L
 
-from cednet import CEDNet, CEDNetTrunk
+from cednet import CEDNet
 from d2dense.config import detectors
 
 from .common.coco import dataloader, lr_multiplier, optimizer, train
+from .common.trunks import next_t as _trunk
 
-model = detectors.retinanet(backbone=L(CEDNet)(trunk=L(CEDNetTrunk)(drop_path=0.2)))
+model = detectors.retinanet(backbone=L(CEDNet)(trunk=_trunk, size_divisibility=128))
+model.backbone.trunk.drop_path = 0.2

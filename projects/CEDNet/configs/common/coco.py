@@ -1,5 +1,5 @@
-"""Data, optimizer and schedule of the official detectors: COCO, 36 epochs of 16 images, large-scale
-jitter at 1024 pixels with copy-paste.
+"""Data, optimizer and schedule of the official RetinaNets: COCO, 36 epochs of 16 images,
+large-scale jitter at 1024 pixels with copy-paste of boxes.
 """
 
 from detectron2.config import LazyCall as L
@@ -10,12 +10,21 @@ from d2dense.data.copy_paste import CopyPaste
 
 _IMAGES = 117_266  # images of train2017 that have at least one box
 _BATCH = 16
-_EPOCHS, _STEPS = 36, (27, 33)
 
 
-def _iterations(epochs):
+def iterations(epochs):
     """Epochs in iterations, rounded half up."""
     return (2 * _IMAGES * epochs + _BATCH) // (2 * _BATCH)
+
+
+def schedule(*, epochs, steps):
+    """Divide the learning rate by ten after each epoch of ``steps``."""
+    return common.multistep(
+        milestones=[iterations(each) for each in steps],
+        max_iter=iterations(epochs),
+        warmup_iters=500,
+        warmup_factor=0.001,
+    )
 
 
 dataloader = common.detection_loader(
@@ -38,10 +47,5 @@ dataloader = common.detection_loader(
 optimizer = common.adamw(
     lr=1e-4, weight_decay=0.05, weight_decay_1d=0.0, weight_decay_heads=1e-4, layer_decay=0.95
 )
-lr_multiplier = common.multistep(
-    milestones=[_iterations(epochs) for epochs in _STEPS],
-    max_iter=_iterations(_EPOCHS),
-    warmup_iters=500,
-    warmup_factor=0.001,
-)
-train = common.train(max_iter=_iterations(_EPOCHS), amp={"enabled": True}, channels_last=True)
+lr_multiplier = schedule(epochs=36, steps=(27, 33))
+train = common.train(max_iter=iterations(36), amp={"enabled": True}, channels_last=True)
