@@ -12,7 +12,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from tabulate import tabulate
 from torch.utils.flop_counter import FlopCounterMode
 
 __all__ = [
+    "compare",
     "interleaved",
     "machine",
     "macs_of",
@@ -68,6 +69,51 @@ def ratios(times: Mapping[str, list[float]], baseline: str) -> dict[str, float]:
         name: statistics.median(a / b for a, b in zip(values, base))
         for name, values in times.items()
     }
+
+
+def compare(
+    calls: Mapping[str, Callable[[], Any]],
+    *,
+    baseline: str,
+    rounds: int,
+    label: str,
+    macs: Mapping[str, int] | None = None,
+    without_memory: Collection[str] = (),
+) -> list[dict[str, Any]]:
+    """Return a table row per call: time, multiply-accumulates and peak memory, and their ratios to
+    the baseline's.
+
+    Args:
+        calls: by name, the baseline's among them.
+        label: heading of the names.
+        macs: of each call; None counts them.
+        without_memory: calls whose memory is not measured, such as those that cannot run in a
+            forked process. The rows have no memory at all where these are all calls.
+    """
+    macs = macs or {name: macs_of(call) for name, call in calls.items()}
+    memory = {name: peak_memory(call) for name, call in calls.items() if name not in without_memory}
+    times = interleaved(calls, rounds=rounds)
+    time_ratios = ratios(times, baseline)
+    rows = []
+    for name in calls:
+        mac_ratio = macs[name] / macs[baseline]
+        row = {
+            label: name,
+            "median s": statistics.median(times[name]),
+            "min s": min(times[name]),
+            "time ratio": time_ratios[name],
+            "MAC ratio": mac_ratio,
+            "time / MAC ratio": time_ratios[name] / mac_ratio,
+            "GMAC": macs[name] / 1e9,
+        }
+        if memory:
+            known = name in memory
+            row["peak MiB"] = memory[name] / 2**20 if known else None
+            row["memory / MAC ratio"] = (
+                memory[name] / memory[baseline] / mac_ratio if known else None
+            )
+        rows.append(row)
+    return rows
 
 
 def macs_of(call: Callable[[], Any]) -> int:

@@ -30,6 +30,29 @@ def test_macs_of_a_product_and_its_backward():
     assert benchmark.macs_of(lambda: (a @ b).sum().backward()) == 3 * 4 * 6 * 8
 
 
+def test_a_comparison_divides_by_the_work_done(monkeypatch):
+    seconds = {"base": [2.0, 4.0], "other": [3.0, 6.0]}
+    monkeypatch.setattr(benchmark, "interleaved", lambda calls, rounds: seconds)
+    monkeypatch.setattr(benchmark, "peak_memory", lambda call: call() * 2**20)
+    calls = {"base": lambda: 10, "other": lambda: 40}
+    settings = {"baseline": "base", "rounds": 2, "label": "what", "macs": {"base": 4, "other": 8}}
+    _, other = benchmark.compare(calls, **settings)
+    assert other == {
+        "what": "other",
+        "median s": 4.5,
+        "min s": 3.0,
+        "time ratio": 1.5,
+        "MAC ratio": 2.0,
+        "time / MAC ratio": 0.75,
+        "GMAC": 8e-9,
+        "peak MiB": 40,
+        "memory / MAC ratio": 2.0,
+    }
+    base, other = benchmark.compare(calls, **settings, without_memory=["other"])
+    assert (base["memory / MAC ratio"], other["memory / MAC ratio"]) == (1.0, None)
+    assert "peak MiB" not in benchmark.compare(calls, **settings, without_memory=list(calls))[0]
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="measures the resident size of a CPU process")
 def test_peak_memory_sees_an_allocation():
     size = 64 << 20

@@ -91,23 +91,8 @@ def measure(mode: str, args: argparse.Namespace) -> list[dict]:
     batch = make_batch(*args.size, 2000 if mode == "train" else 1000, args.device)
     make = training_step if mode == "train" else inference
     calls = {name: make(build(items, args.device), batch) for name, items in VARIANTS.items()}
-    macs = {name: benchmark.macs_of(call) for name, call in calls.items()}
-    memory = {name: benchmark.peak_memory(call) for name, call in calls.items()}
-    times = benchmark.interleaved(calls, rounds=args.rounds)
-    ratios = benchmark.ratios(times, BASELINE)
-    return [
-        {
-            "mode": mode,
-            "heads": name,
-            "median s": sorted(times[name])[len(times[name]) // 2],
-            "time ratio": ratios[name],
-            "MAC ratio": macs[name] / macs[BASELINE],
-            "time / MAC ratio": ratios[name] * macs[BASELINE] / macs[name],
-            "GMAC": macs[name] / 1e9,
-            "peak MiB": memory[name] / 2**20,
-        }
-        for name in calls
-    ]
+    rows = benchmark.compare(calls, baseline=BASELINE, rounds=args.rounds, label="heads")
+    return [{"mode": mode, **row} for row in rows]
 
 
 def main(argv=None) -> None:
