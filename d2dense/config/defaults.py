@@ -81,7 +81,8 @@ def _add_solver_keys(cfg: CN) -> None:
     # Weight decay of parameters with at most one dimension (layer scales, norms, biases) where
     # WEIGHT_DECAY_NORM and WEIGHT_DECAY_BIAS say nothing; None is no rule.
     cfg.SOLVER.WEIGHT_DECAY_1D = None
-    # Weight decay of everything outside the backbone, norms and biases included; None is no rule.
+    # Weight decay of everything outside the backbone (pyramids around one are outside), norms and
+    # biases included; None is no rule.
     cfg.SOLVER.WEIGHT_DECAY_HEADS = None
     # Parameters whose name holds one of these get no weight decay.
     cfg.SOLVER.NO_DECAY_NAMES = ()

@@ -53,8 +53,9 @@ def param_groups(
         weight_decay_bias: for parameters named ``bias``, also those of norms; None means no rule.
         weight_decay_1d: for parameters of at most one dimension that neither of these two rules is
             for, such as layer scales; None means no rule.
-        weight_decay_heads: for everything outside ``model.backbone``, its norms and biases
-            included, whatever the rules above say; None means no rule.
+        weight_decay_heads: for everything outside ``model.backbone`` (or its ``bottom_up``, where
+            it is a pyramid around one), norms and biases included, whatever the rules above say;
+            None means no rule.
         no_decay_names: parts of parameter names (such as ``pos_embed``) that get no weight decay.
         bias_lr_factor: factor on the learning rate of parameters named ``bias``.
         lr_multipliers: part of a parameter name -> factor on its learning rate; the first match
@@ -86,13 +87,14 @@ def param_groups(
             f"outside the backbone, but {type(model).__name__} has no 'backbone'; leave it out"
         )
     layer_factor = _layer_factors(model, layer_decay)
+    has_pyramid = any(name.startswith("backbone.bottom_up.") for name in names)
 
     groups: dict[tuple, dict[str, Any]] = {}
     for name, parameter, in_norm in _trainable(model):
         is_bias = name.rpartition(".")[2] == "bias"
         rules = (  # the first one that is given counts
             (0.0, any(part in name for part in no_decay_names)),
-            (weight_decay_heads, not _in_backbone(name)),
+            (weight_decay_heads, not _in_backbone(name, has_pyramid)),
             (weight_decay_bias, is_bias),
             (weight_decay_norm, in_norm),
             (weight_decay_1d, parameter.ndim <= 1),
@@ -123,8 +125,8 @@ def _trainable(model: nn.Module) -> Iterable[tuple[str, nn.Parameter, bool]]:
                 yield f"{prefix}.{name}" if prefix else name, parameter, norm
 
 
-def _in_backbone(name: str) -> bool:
-    return name.startswith("backbone.")
+def _in_backbone(name: str, has_pyramid: bool = False) -> bool:
+    return name.startswith("backbone.bottom_up." if has_pyramid else "backbone.")
 
 
 def _multiplier(name: str, lr_multipliers: Mapping[str, float]) -> float:

@@ -183,6 +183,16 @@ def test_one_dimension_and_heads_have_weight_decays_of_their_own():
     assert (kept["scale"], kept["head.bias"]) == (0.0, 0.01)
 
 
+def test_a_pyramid_around_a_backbone_decays_like_heads():
+    model = Net()
+    model.backbone.bottom_up = nn.Linear(4, 4)
+    groups = param_groups(model, weight_decay=0.05, weight_decay_1d=0.0, weight_decay_heads=0.01)
+    found = {name: each["weight_decay"] for name, each in by_name(model, groups).items()}
+    assert found.pop("backbone.bottom_up.weight") == 0.05
+    assert found.pop("backbone.bottom_up.bias") == 0.0
+    assert set(found.values()) == {0.01}
+
+
 def test_decay_of_heads_needs_a_backbone():
     with pytest.raises(UserError, match=r"WEIGHT_DECAY_HEADS.*Linear has no 'backbone'"):
         param_groups(nn.Linear(2, 2), weight_decay_heads=0.1)
