@@ -2,6 +2,7 @@
 backbone ``CEDNet`` and the source ``cednet`` of checkpoints.
 """
 
+from d2dense.analyses.fusion import register_fusion_rule
 from d2dense.checkpoint import register_source
 
 from . import official
@@ -9,6 +10,7 @@ from .backbone import CEDNet
 from .blocks import BottleneckFamily, CSwinFamily, NextFamily, SwinFamily, block_family
 from .classifier import CEDNetClassifier, StageClassifier
 from .config import add_cednet_config
+from .fusion_time import parts_before_fusion
 from .official_names import correspondence
 from .trunk import CEDNetTrunk
 
@@ -27,3 +29,4 @@ __all__ = [
 ]
 
 register_source("cednet", correspondence)
+register_fusion_rule(CEDNet, parts_before_fusion)

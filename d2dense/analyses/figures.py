@@ -1,0 +1,75 @@
+"""A figure and the numbers behind it: a PNG with a CSV of the same name beside it."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from d2dense.errors import UserError
+
+__all__ = ["make_folder", "save", "save_picture", "write_table"]
+
+
+def make_folder(path: str | Path) -> Path:
+    """Create a folder for results, with its parents.
+
+    Raises:
+        UserError: it cannot be created.
+    """
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"folder {folder} cannot be created: {error.strerror}") from error
+    return folder
+
+
+def write_table(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> Path:
+    """Write rows as CSV.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    try:
+        with path.open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(header)
+            writer.writerows(rows)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}") from error
+    return path
+
+
+def save_picture(path: Path, figure: Figure, *, dpi: int = 150) -> Path:
+    """Write the figure as it is.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    try:
+        figure.savefig(path, dpi=dpi)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}") from error
+    return path
+
+
+def save(
+    path: Path, figure: Figure, header: Sequence[str], rows: Iterable[Sequence[Any]]
+) -> list[Path]:
+    """Add grids and legends, write ``path`` with the endings ``.png`` and ``.csv``, and return
+    both.
+    """
+    for axes in figure.axes:
+        axes.grid(alpha=0.3)
+        axes.set_axisbelow(True)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize=8)
+    figure.tight_layout()
+    return [
+        save_picture(path.with_suffix(".png"), figure),
+        write_table(path.with_suffix(".csv"), header, rows),
+    ]

@@ -1,0 +1,220 @@
+"""What the three commands write: figures, tables and pictures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from d2dense.data.reading import read_image
+from d2dense.data.records import Records
+from d2dense.errors import UserError
+from d2dense.evaluation.base import image_key
+
+from . import panels
+from .areas import AreaCurve
+from .detectors import Detector
+from .figures import make_folder, save, write_table
+from .fusion import FusionTime
+from .gradients import InputGradient, input_gradient
+from .quality import Comparison, Detections, Objects, object_qualities
+
+__all__ = ["fusion_report", "gradient_report", "quality_panels", "quality_report"]
+
+
+# ------------------------------------------------ input gradients and areas
+
+
+def gradient_report(
+    detectors: Sequence[Detector],
+    records: Records,
+    output: str | Path,
+    *,
+    pictures: int = 4,
+    arrays: bool = False,
+    bins: int = 1000,
+    seed: int = 0,
+) -> dict[str, float]:
+    """Compute the gradient maps of all images by every detector and write
+
+    - ``areas.png`` and ``areas.csv``: area over threshold, see :class:`AreaCurve`;
+    - ``images.csv``: loss, largest gradient and area under the curve of each image;
+    - ``summary.json``: area under the mean curve by detector;
+    - ``maps/``: the first ``pictures`` images with their maps; with ``arrays`` all maps as ``.npz``
+      (float32 ``(H, W)`` by detector).
+
+    Returns:
+        Area under the mean curve by detector.
+    """
+    folder = make_folder(output)
+    maps_folder = make_folder(folder / "maps")
+    curves = {each.name: AreaCurve(bins) for each in detectors}
+    rows = []
+    streams = [each.labelled_images(records) for each in detectors]
+    for index, samples in enumerate(zip(*streams)):
+        found = {
+            each.name: input_gradient(each.model, sample, seed=seed)
+            for each, sample in zip(detectors, samples)
+        }
+        record = records[index]
+        row: list[Any] = [image_key(record), record["file_name"]]
+        for name, gradient in found.items():
+            under = curves[name].add(gradient.map)
+            row += [f"{v:.6g}" for v in (gradient.loss, gradient.map.max(), under)]
+        rows.append(row)
+        if index < pictures:
+            _draw_maps(_picture_path(maps_folder, index, record), record, found)
+        if arrays:
+            np.savez_compressed(
+                _picture_path(maps_folder, index, record).with_suffix(".npz"),
+                **{name: gradient.map.numpy() for name, gradient in found.items()},
+            )
+    measures = ("loss", "largest_gradient", "area_under")
+    header = [f"{name}: {measure}" for name in curves for measure in measures]
+    write_table(folder / "images.csv", ["image_id", "file_name", *header], rows)
+    _draw_areas(folder / "areas", curves)
+    areas = {name: curve.area_under for name, curve in curves.items()}
+    summary = {"images": len(rows), "area_under": areas}
+    (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    return areas
+
+
+def _draw_areas(path: Path, curves: Mapping[str, AreaCurve]) -> None:
+    axes = Figure(figsize=(6, 4.5)).add_subplot()
+    thresholds = next(iter(curves.values())).thresholds
+    for name, curve in curves.items():
+        axes.plot(thresholds[1:], curve.areas[1:], label=f"{name} ({curve.area_under:.4f})")
+    axes.set(
+        xscale="log",
+        xlabel="threshold / largest gradient of the image",
+        ylabel="mean area / image area",
+    )
+    areas = [curve.areas.tolist() for curve in curves.values()]
+    rows = (
+        [f"{t:.6g}", *(f"{a:.8f}" for a in at_t)] for t, *at_t in zip(thresholds.tolist(), *areas)
+    )
+    save(path, axes.figure, ["t", *curves], rows)
+
+
+def _draw_maps(path: Path, record: Mapping[str, Any], found: Mapping[str, InputGradient]) -> None:
+    views = [
+        panels.View(f"{name}: loss {gradient.loss:.3f}", gradient=gradient.map.numpy())
+        for name, gradient in found.items()
+    ]
+    panels.draw(path, _picture(record), Objects.of(record), views)
+
+
+# ------------------------------------------------ detection quality
+
+
+def quality_report(
+    comparisons: Sequence[Comparison], output: str | Path, *, keep: int, names: tuple[str, str]
+) -> dict[str, Any]:
+    """Write ``scores.csv`` (all images by rank, those of the best ``keep`` marked), ``scores.png``
+    (histogram of the differences, and the differences by rank) and ``summary.json``, and return
+    what the latter holds.
+
+    Args:
+        names: of model and baseline.
+    """
+    if not comparisons:
+        raise UserError("no image has objects; the quality score needs some")
+    folder = make_folder(output)
+    kept = min(keep, len(comparisons))
+    differences = [each.difference for each in comparisons]
+    figure = Figure(figsize=(9, 4))
+    histogram, curve = figure.subplots(1, 2)
+    histogram.hist(differences, bins=50)
+    histogram.set(xlabel=f"score of {names[0]} - score of {names[1]}", ylabel="images")
+    curve.plot(range(1, len(differences) + 1), differences, label="difference")
+    curve.axvline(kept, color="grey", linestyle="--", label=f"best {kept}")
+    curve.axhline(0.0, color="grey", linewidth=0.8)
+    curve.set(xlabel="rank", ylabel="difference of the image scores")
+    rows = (
+        [
+            each.rank,
+            image_key(each.record),
+            each.record["file_name"],
+            each.objects,
+            *(f"{value:.6f}" for value in (each.model, each.baseline, each.difference)),
+            int(each.rank <= kept),
+        ]
+        for each in comparisons
+    )
+    scores = [f"score: {name}" for name in names]
+    header = ["rank", "image_id", "file_name", "objects", *scores, "difference", "kept"]
+    save(folder / "scores", figure, header, rows)
+    summary = {
+        "images": len(comparisons),
+        "kept": kept,
+        "mean_score": {
+            names[0]: float(np.mean([each.model for each in comparisons])),
+            names[1]: float(np.mean([each.baseline for each in comparisons])),
+        },
+    }
+    (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    return summary
+
+
+def quality_panels(
+    comparisons: Sequence[Comparison],
+    found: Mapping[str, Mapping[Hashable, Detections]],
+    output: str | Path,
+    *,
+    any_class: bool = False,
+    gradients: Mapping[str, Iterable[Tensor]] | None = None,
+) -> list[Path]:
+    """Draw images with the detections that their objects take, one column per model.
+
+    Args:
+        comparisons: which images
+        found: detections by model and image
+        gradients: by model, the input gradient map of each of these images
+    """
+    folder = make_folder(Path(output) / "panels")
+    maps = {name: iter(each) for name, each in (gradients or {}).items()}
+    files = []
+    for index, each in enumerate(comparisons):
+        objects = Objects.of(each.record)
+        views = []
+        for name, by_image in found.items():
+            here = by_image.get(image_key(each.record), Detections.none())
+            qualities = object_qualities(objects, here, any_class=any_class)
+            gradient = next(maps[name]).numpy() if name in maps else None
+            views.append(panels.View(name, found=(here, qualities), gradient=gradient))
+        path = _picture_path(folder, index, each.record)
+        files.append(panels.draw(path, _picture(each.record), objects, views))
+    return files
+
+
+# ------------------------------------------------ fusion time
+
+
+def fusion_report(times: Mapping[str, FusionTime], output: str | Path) -> list[Path]:
+    """Write ``fusion_time.png`` (bars in percent) and ``fusion_time.csv``."""
+    folder = make_folder(output)
+    axes = Figure(figsize=(6, 1.2 + 0.4 * len(times))).add_subplot()
+    shares = [100 * time.share for time in times.values()]
+    bars = axes.barh(list(times), shares)
+    axes.bar_label(bars, fmt="%.1f %%", padding=3)
+    axes.invert_yaxis()
+    axes.set(xlim=(0, 110), xlabel="parameters before the first fusion (% of the backbone)")
+    rows = [[n, t.before, t.whole, f"{100 * t.share:.2f}"] for n, t in times.items()]
+    header = ["model", "parameters_before", "parameters", "percent"]
+    return save(folder / "fusion_time", axes.figure, header, rows)
+
+
+# ------------------------------------------------ pictures
+
+
+def _picture(record: Mapping[str, Any]) -> np.ndarray:
+    return read_image(dict(record), "RGB")
+
+
+def _picture_path(folder: Path, index: int, record: Mapping[str, Any]) -> Path:
+    return folder / f"{index + 1:04d}_{Path(record['file_name']).stem}.png"

@@ -1,0 +1,74 @@
+#!/usr/bin/env python3
+"""Input gradient maps of detectors, and the area of the regions that their losses depend on.
+
+Writes areas.png/.csv, images.csv, summary.json and pictures under maps/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from d2dense.analyses import command
+from d2dense.analyses.detectors import annotated_records, records_of
+from d2dense.analyses.reports import gradient_report
+from d2dense.errors import ToolParser, UserError, run_tool
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = ToolParser(description=__doc__)
+    command.add_configs(parser)
+    command.add_run(parser)
+    command.add_data(parser)
+    add = parser.add_argument
+    add("--ranking", type=Path, metavar="CSV", help="scores.csv of quality_scores.py: its images")
+    add("--num", type=int, help="images to use: the first ones, or the best of --ranking")
+    add("--pictures", type=int, default=4, help="of how many images maps are drawn")
+    add("--arrays", action="store_true", help="write every map as .npz too")
+    add("--bins", type=int, default=1000, help="steps of the threshold")
+    add("--seed", type=int, default=0, help="of the sampling in two-stage detectors")
+    args = parser.parse_intermixed_args(argv)
+    command.at_least_one(args, "num", "bins")
+    return args
+
+
+def ranked_images(path: Path) -> list[str]:
+    """Return the kept images of a ranking, best first."""
+    try:
+        with path.open(newline="") as file:
+            return [row["image_id"] for row in csv.DictReader(file) if row["kept"] == "1"]
+    except OSError as error:
+        raise UserError(f"ranking {path} cannot be read: {error.strerror}") from None
+    except (KeyError, ValueError, csv.Error):
+        raise UserError(f"{path} is no scores.csv of quality_scores.py") from None
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    detectors = command.open_detectors(args)
+    if args.ranking is None:
+        records = annotated_records(detectors[0].dataset, args.num)
+    else:
+        records = records_of(detectors[0].dataset, ranked_images(args.ranking)[: args.num])
+    areas = gradient_report(
+        detectors,
+        records,
+        args.output,
+        pictures=args.pictures,
+        arrays=args.arrays,
+        bins=args.bins,
+        seed=args.seed,
+    )
+    for name, area in areas.items():
+        print(f"{name}: area under the curve {area:.4f} over {len(records)} images")
+    print(f"written to {args.output}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_tool(main))
