@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from d2dense.analyses.figures import save
 from d2dense.errors import UserError
 
 __all__ = ["IOUS", "Run", "ap_by_iou", "ap_differences", "confidence", "draw"]
@@ -133,7 +133,7 @@ def _curves(
         [f"{iou:.2f}", *(f"{c[k]:.4f}" for c in curves.values())]
         for k, iou in enumerate(IOUS[:count])
     ]
-    return _save(path, axes, ["iou", *curves], rows)
+    return save(path, axes.figure, ["iou", *curves], rows)
 
 
 def _confidence(path: Path, runs: Sequence[Run]) -> list[Path]:
@@ -151,17 +151,4 @@ def _confidence(path: Path, runs: Sequence[Run]) -> list[Path]:
             for low, high, count, mean in bins
         ]
     axes.set(xlabel="IoU with the ground truth", ylabel="score (line: mean per bin)", ylim=(0, 1))
-    return _save(path, axes, ["model", "iou_from", "iou_to", "detections", "score"], rows)
-
-
-def _save(path: Path, axes: Axes, header: Sequence[str], rows: Sequence[Sequence]) -> list[Path]:
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
-    axes.figure.tight_layout()
-    png, table = path.with_suffix(".png"), path.with_suffix(".csv")
-    axes.figure.savefig(png, dpi=150)
-    with table.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(header)
-        writer.writerows(rows)
-    return [png, table]
+    return save(path, axes.figure, ["model", "iou_from", "iou_to", "detections", "score"], rows)
