@@ -23,12 +23,15 @@ from PIL import Image
 
 from d2dense.errors import UserError
 
+from .colors import PhotometricDistortion
+
 __all__ = [
     "DETR_MIN_SIZES",
     "JitterAndCrop",
     "PhotometricDistortion",
     "RandomCropPad",
     "RandomFlip",
+    "RandomScale",
     "ResizeShortestEdge",
     "ScaleJitter",
     "default",
@@ -129,6 +132,8 @@ def semantic(
     min_size: int | Sequence[int] = (512,),
     max_size: int = 2048,
     sample_style: str = "choice",
+    scale_range: Sequence[float] | None = None,
+    scale_step: float = 0.0,
     crop_size: Sequence[int] | None = (512, 512),
     single_category_max_area: float = 1.0,
     ignore_label: int = 255,
@@ -140,6 +145,8 @@ def semantic(
 
     Args:
         min_size, max_size, sample_style: as in :func:`default`.
+        scale_range, scale_step: with a range, the sizes are multiplied by a random factor, see
+            :class:`RandomScale`.
         crop_size: (height, width) in pixels, smaller where the image is; None for no crop.
         single_category_max_area: largest share that one class may have in the crop (ten attempts);
             1.0 is off.
@@ -149,6 +156,8 @@ def semantic(
     if not is_train:
         return [_fixed_resize(min_size, max_size)]
     steps = [_resize(min_size, max_size, sample_style)]
+    if scale_range:
+        steps = [_random_scale(min_size, max_size, scale_range, scale_step)]
     if crop_size is not None:
         if min(crop_size) < 1:
             raise UserError(
@@ -173,6 +182,20 @@ def _resize(
         sizes = sizes * 2
     limit = {} if max_size is None else {"max_size": max_size}
     return ResizeShortestEdge(sizes, sample_style=sample_style, **limit)
+
+
+def _random_scale(
+    min_size: int | Sequence[int], max_size: int, scale_range: Sequence[float], scale_step: float
+) -> RandomScale:
+    sizes = [min_size] if isinstance(min_size, int) else list(min_size)
+    if len(sizes) != 1:
+        raise UserError(
+            f"INPUT.MIN_SIZE_TRAIN / min_size = {sizes}: a random scale multiplies one size; give "
+            "one, or leave out INPUT.SCALE_RANGE / scale_range"
+        )
+    return RandomScale(
+        min_size=sizes[0], max_size=max_size, scale_range=scale_range, scale_step=scale_step
+    )
 
 
 def _fixed_resize(min_size: int | Sequence[int], max_size: int) -> T.Augmentation:
@@ -235,6 +258,52 @@ class ScaleJitter(T.Augmentation):
         side = int(self.image_size * np.random.uniform(self.min_scale, self.max_scale))
         ratio = side / max(height, width)
         new_height, new_width = (max(1, round(ratio * length)) for length in (height, width))
+        return _Resize(height, width, new_height, new_width)
+
+
+class RandomScale(T.Augmentation):
+    """Resize, aspect ratio kept, into a random multiple of a frame.
+
+    Args:
+        min_size, max_size: of the frame: the sides of the result, divided by the multiple, are at
+            most this, and one of them equals it. A ``min_size`` of 0 takes the image's own sides.
+        scale_range: (least, most) multiple, all equally likely.
+        scale_step: with it, only the least multiple plus steps of this are drawn.
+
+    Raises:
+        UserError: a range or a step that makes no sense.
+    """
+
+    def __init__(
+        self,
+        *,
+        min_size: int,
+        max_size: int,
+        scale_range: Sequence[float],
+        scale_step: float = 0.0,
+    ):
+        super().__init__()
+        if len(scale_range) != 2 or not 0 < scale_range[0] <= scale_range[1] or scale_step < 0:
+            raise UserError(
+                f"INPUT.SCALE_RANGE / scale_range = {list(scale_range)}, INPUT.SCALE_STEP / "
+                f"scale_step = {scale_step}: expected the least and the most scale, above 0, and "
+                "the distance between scales, or 0 for any"
+            )
+        self._init(locals())
+
+    def get_transform(self, image: np.ndarray) -> Transform:
+        height, width = image.shape[:2]
+        least, most = self.scale_range
+        if self.scale_step:
+            count = int((most - least) / self.scale_step + 1e-6) + 1
+            scale = least + self.scale_step * np.random.randint(count)
+        else:
+            scale = np.random.uniform(least, most)
+        ratio = scale
+        if self.min_size:
+            short, long = int(self.min_size * scale), int(self.max_size * scale)
+            ratio = min(short / min(height, width), long / max(height, width))
+        new_height, new_width = (max(1, int(ratio * side + 0.5)) for side in (height, width))
         return _Resize(height, width, new_height, new_width)
 
 
@@ -325,105 +394,3 @@ class _Pad(PadTransform):
         borders = (self.y0, self.y1, self.x0, self.x1)
         padded = cv2.copyMakeBorder(image, *borders, cv2.BORDER_CONSTANT, value=value)
         return padded.reshape(*padded.shape[:2], *image.shape[2:])
-
-
-class PhotometricDistortion(T.Augmentation):
-    """Random brightness, contrast, saturation and hue as in SSD, each applied half of the time.
-
-    Args:
-        brightness: largest shift of the grey value.
-        contrast: range of the factor on all channels, before or after the colour changes.
-        saturation: range of the factor on the saturation.
-        hue: largest shift of the hue in degrees.
-        image_format: ``"BGR"`` or ``"RGB"``.
-    """
-
-    def __init__(
-        self,
-        *,
-        brightness: float = 32.0,
-        contrast: Sequence[float] = (0.5, 1.5),
-        saturation: Sequence[float] = (0.5, 1.5),
-        hue: float = 36.0,
-        image_format: str = "BGR",
-    ):
-        super().__init__()
-        if image_format not in ("BGR", "RGB"):
-            raise UserError(
-                f"photometric distortion needs INPUT.FORMAT BGR or RGB, got {image_format!r}"
-            )
-        self._init(locals())
-
-    def get_transform(self, image: np.ndarray) -> Transform:
-        # One draw per parameter whether it is used or not: the stream of random numbers has a fixed
-        # length.
-        use = np.random.uniform(size=4) < 0.5
-        brightness = np.random.uniform(-self.brightness, self.brightness)
-        contrast = np.random.uniform(*self.contrast)
-        saturation = np.random.uniform(*self.saturation)
-        hue = np.random.uniform(-self.hue, self.hue)
-        return _ColorTransform(
-            brightness=brightness if use[0] else 0.0,
-            contrast=contrast if use[1] else 1.0,
-            saturation=saturation if use[2] else 1.0,
-            hue=hue if use[3] else 0.0,
-            contrast_last=bool(np.random.randint(2)),
-            is_rgb=self.image_format == "RGB",
-        )
-
-
-class _ColorTransform(Transform):
-    """The distortion with its numbers drawn; geometry stays."""
-
-    def __init__(
-        self,
-        *,
-        brightness: float,
-        contrast: float,
-        saturation: float,
-        hue: float,
-        contrast_last: bool,
-        is_rgb: bool,
-    ):
-        super().__init__()
-        self._set_attributes(locals())
-
-    def apply_image(self, image: np.ndarray) -> np.ndarray:
-        """Return the distorted image; (H, W, 3) uint8 in and out."""
-        first = 1.0 if self.contrast_last else self.contrast
-        image = _scale_shift(image, first, self.brightness * first)
-        if self.saturation != 1.0 or self.hue != 0.0:
-            to_hsv, back = (
-                (cv2.COLOR_RGB2HSV, cv2.COLOR_HSV2RGB)
-                if self.is_rgb
-                else (cv2.COLOR_BGR2HSV, cv2.COLOR_HSV2BGR)
-            )
-            hsv = cv2.cvtColor(np.ascontiguousarray(image), to_hsv)
-            image = cv2.cvtColor(cv2.LUT(hsv, self._hsv_table()), back)
-        return _scale_shift(image, self.contrast, 0.0) if self.contrast_last else image
-
-    def _hsv_table(self) -> np.ndarray:
-        """Return (1, 256, 3) uint8: what each value of each channel becomes."""
-        hue = (_VALUES + round(self.hue / 2)) % 180  # uint8 hue counts steps of two degrees
-        saturation = _scaled(_VALUES, self.saturation, 0.0)
-        return np.stack([hue, saturation, _VALUES], axis=-1).astype(np.uint8)[None]
-
-    def apply_coords(self, coords: np.ndarray) -> np.ndarray:
-        return coords
-
-    def apply_segmentation(self, segmentation: np.ndarray) -> np.ndarray:
-        return segmentation
-
-
-# All values of a uint8 channel: what they become is computed once for each and looked up per pixel.
-_VALUES = np.arange(256)
-
-
-def _scale_shift(image: np.ndarray, scale: float, shift: float) -> np.ndarray:
-    if scale == 1.0 and shift == 0.0:
-        return image
-    return cv2.LUT(image, _scaled(_VALUES, scale, shift))
-
-
-def _scaled(values: np.ndarray, scale: float, shift: float) -> np.ndarray:
-    return np.clip(values.astype(np.float32) * scale + shift, 0, 255).astype(np.uint8)

@@ -11,6 +11,7 @@ from detectron2.data import transforms as T
 
 from d2dense.data import augmentations
 from d2dense.data.augmentations import PhotometricDistortion, RandomCropPad, ScaleJitter
+from d2dense.data.colors import ColorTransform
 from d2dense.data.geometry import transform_mask, transform_polygons
 from d2dense.errors import UserError
 
@@ -245,13 +246,72 @@ def test_distortion_equals_its_formula_pixel_by_pixel():
     hsv[..., 0] = (hsv[..., 0].astype(int) + 18) % 180
     hsv[..., 1] = np.clip(hsv[..., 1] * np.float32(1.3), 0, 255).astype(np.uint8)
     expected = cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)
-    transform = augmentations._ColorTransform(
+    transform = ColorTransform(
         brightness=0.0, contrast=1.0, saturation=1.3, hue=36.0, contrast_last=False, is_rgb=True
     )
     assert np.array_equal(transform.apply_image(image), expected)
-    transform = augmentations._ColorTransform(
+    transform = ColorTransform(
         brightness=-20.0, contrast=1.4, saturation=1.0, hue=0.0, contrast_last=True, is_rgb=True
     )
     darker = np.clip(image.astype(np.float32) - 20, 0, 255).astype(np.uint8)
     brighter = np.clip(darker * np.float32(1.4), 0, 255).astype(np.uint8)
     assert np.array_equal(transform.apply_image(image), brighter)
+    # what is clipped in one step is not restored by the next one
+    transform = ColorTransform(
+        brightness=30.0, contrast=0.5, saturation=1.0, hue=0.0, contrast_last=False, is_rgb=True
+    )
+    brighter = np.clip(image.astype(np.float32) + 30, 0, 255).astype(np.uint8)
+    flatter = (brighter * np.float32(0.5)).astype(np.uint8)
+    assert np.array_equal(transform.apply_image(image), flatter)
+
+
+def test_random_scale_fits_a_multiple_of_the_frame():
+    step = augmentations.RandomScale(min_size=50, max_size=80, scale_range=(0.5, 2.0))
+    found = sizes([step], 100, 120, count=400)
+    assert all(abs(120 * h - 100 * w) <= 120 for h, w in found)
+    shorter = sorted(h for h, _ in found)
+    assert shorter[0] in (25, 26)
+    assert shorter[-1] in (99, 100)
+    assert np.median(shorter) == pytest.approx(62.5, abs=3)  # uniform in the scale, not its log
+    wide = sizes([step], 100, 400, count=400)  # the longer side decides
+    assert max(w for _, w in wide) in (158, 159, 160)
+    assert all(abs(w - 4 * h) <= 4 for h, w in wide)
+
+
+def test_random_scale_in_steps_of_the_images_own_size():
+    step = augmentations.RandomScale(
+        min_size=0, max_size=0, scale_range=(0.5, 2.0), scale_step=0.25
+    )
+    assert sizes([step], 8, 101, count=300) == {
+        (4, 51), (6, 76), (8, 101), (10, 126), (12, 152), (14, 177), (16, 202)
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("wrong", [{"scale_range": (2, 1)}, {"scale_range": (1,)}])
+def test_random_scale_refuses_what_is_no_range(wrong):
+    with pytest.raises(UserError, match=r"INPUT.SCALE_RANGE / scale_range"):
+        augmentations.semantic(min_size=(512,), **wrong)
+    with pytest.raises(UserError, match=r"INPUT.MIN_SIZE_TRAIN / min_size = \[5, 6\]"):
+        augmentations.semantic(min_size=(5, 6), scale_range=(0.5, 2))
+
+
+def test_semantic_recipe_bounds_the_share_of_one_class():
+    """Nine in ten pixels are of one class: crops with at most 75 % of it lie at the border."""
+    labels = np.zeros((200, 200), np.uint8)
+    labels[:, :20] = 3
+    steps = augmentations.semantic(
+        min_size=0,
+        crop_size=(20, 20),
+        single_category_max_area=0.75,
+        color_distortion=False,
+        flip="none",
+    )
+    shares = []
+    for seed in range(200):
+        np.random.seed(seed)
+        inputs = T.AugInput(np.zeros((200, 200, 3), np.uint8), sem_seg=labels)
+        T.AugmentationList(steps)(inputs)
+        assert inputs.image.shape == (20, 20, 3)
+        shares.append(max(np.unique(inputs.sem_seg, return_counts=True)[1]) / 400)
+    # 9 of the 181 columns do; of ten attempts at least one with probability 1 - (172/181)^10
+    assert np.mean(np.array(shares) < 0.75) == pytest.approx(0.4, abs=0.1)
