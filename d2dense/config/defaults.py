@@ -45,7 +45,8 @@ def _add_data_keys(cfg: CN) -> None:
     cfg.DATALOADER.MAX_BAD_SHARE = 0.1
     # Images per batch in evaluation, per process.
     cfg.DATALOADER.TEST_BATCH_SIZE = 1
-    # Which recipe of data/augmentations.py the mapper uses: "default", "detr", "lsj" or "semantic".
+    # Which recipe of data/augmentations.py the mapper uses: "default", "detr", "lsj" or "semantic";
+    # or "classification" (data/classification.py).
     cfg.INPUT.MAPPER = "default"
     # Recompute boxes from the augmented masks (tighter after crops).
     cfg.INPUT.RECOMPUTE_BOXES = False
@@ -67,7 +68,20 @@ def _add_data_keys(cfg: CN) -> None:
     cfg.INPUT.COPY_PASTE.MIN_VISIBLE = 0.25
     # "semantic": photometric distortion, and the largest share one class may have in a crop.
     cfg.INPUT.COLOR_DISTORTION = True
+    # "semantic": range of a random factor on MIN_SIZE_TRAIN and MAX_SIZE_TRAIN (() for none), and
+    # the distance between factors (0 for any); see RandomScale in data/augmentations.py.
+    cfg.INPUT.SCALE_RANGE = ()
+    cfg.INPUT.SCALE_STEP = 0.0
     cfg.INPUT.CROP.SINGLE_CATEGORY_MAX_AREA = 1.0
+    # "classification": side of the square pictures; shorter edge before the central one is cut out
+    # in tests; in training, range of a random part's area, probability of a flip, timm's policy and
+    # otherwise the strength of colour jitter, probability of random erasing.
+    cfg.INPUT.CLASSIFICATION = CN({"SIZE": 224, "TEST_RESIZE": 256, "SCALE": (0.08, 1.0)})
+    cfg.INPUT.CLASSIFICATION.FLIP = 0.5
+    cfg.INPUT.CLASSIFICATION.AUTO_AUGMENT = "rand-m9-mstd0.5-inc1"
+    cfg.INPUT.CLASSIFICATION.COLOR_JITTER = 0.4
+    cfg.INPUT.CLASSIFICATION.RANDOM_ERASING = 0.25
+    cfg.INPUT.CLASSIFICATION.INTERPOLATION = "bicubic"
 
 
 def _add_solver_keys(cfg: CN) -> None:
@@ -86,7 +100,8 @@ def _add_solver_keys(cfg: CN) -> None:
     cfg.SOLVER.WEIGHT_DECAY_HEADS = None
     # Parameters whose name holds one of these get no weight decay.
     cfg.SOLVER.NO_DECAY_NAMES = ()
-    # LR_SCHEDULER_NAME "WarmupPolyLR": lr * (1 - t)^power, down to BASE_LR_END.
+    # LR_SCHEDULER_NAME "WarmupPolyLR": lr * (1 - t)^power, down to BASE_LR_END. ("WarmupCosineLR" is
+    # Detectron2's; the cosine of "CosineAfterWarmupLR" begins at the end of the warm-up.)
     cfg.SOLVER.POLY_POWER = 0.9
     # Autocast type: "float16" (with loss scaling) or "bfloat16".
     cfg.SOLVER.AMP.DTYPE = "float16"
@@ -158,6 +173,18 @@ def _add_model_keys(cfg: CN) -> None:
     # META_ARCHITECTURE "Segmenter" (modeling/segmenter.py): (height, width) that training images
     # are at least filled up to; () for no such size.
     cfg.MODEL.SEM_SEG_HEAD.PAD_TO = ()
+    # META_ARCHITECTURE "ImageClassifier" (modeling/classification.py): its network, by its name in
+    # CLASSIFIER_REGISTRY ("timm_classifier" reads MODEL.TIMM),
+    cfg.MODEL.CLASSIFIER = CN({"NAME": "timm_classifier", "NUM_CLASSES": 1000})
+    # factors of the losses of a network's heads ([] for their mean), and label smoothing;
+    cfg.MODEL.CLASSIFIER.HEAD_WEIGHTS = []
+    cfg.MODEL.CLASSIFIER.LABEL_SMOOTHING = 0.0
+    # mixing of image pairs: alphas of mixup and CutMix (0 is off), how often any is done, and how
+    # often it is CutMix where both are on.
+    cfg.MODEL.CLASSIFIER.MIXUP = 0.0
+    cfg.MODEL.CLASSIFIER.CUTMIX = 0.0
+    cfg.MODEL.CLASSIFIER.MIX_PROB = 1.0
+    cfg.MODEL.CLASSIFIER.MIX_SWITCH_PROB = 0.5
     # SEM_SEG_HEAD.NAME "UperNetHead" (modeling/upernet.py), CONVS_DIM wide: sides of the pooled
     # grids, dropout before the classifiers,
     cfg.MODEL.SEM_SEG_HEAD.POOL_SCALES = (1, 2, 3, 6)
