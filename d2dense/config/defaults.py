@@ -191,8 +191,13 @@ def _add_model_keys(cfg: CN) -> None:
     cfg.MODEL.SEM_SEG_HEAD.DROPOUT = 0.1
     # and the map that gets a classifier of its own in training ("" for none).
     cfg.MODEL.SEM_SEG_HEAD.AUXILIARY = CN({"FEATURE": "", "CHANNELS": 256, "LOSS_WEIGHT": 0.4})
-    # BACKBONE.NAME "TimmBackbone", "build_timm_fpn_backbone", "build_retinanet_timm_fpn_backbone"
-    # (modeling/timm_backbone.py): timm's name of the model,
+    # BACKBONE.NAME "TimmBackbone" or a pyramid around it, "build_timm_fpn_backbone" and
+    # "build_retinanet_timm_<fpn|bifpn|nas_fpn|hrfpn>_backbone" (modeling/timm_pyramids.py): to what
+    # multiple batches are filled up (0: the coarsest stride below it), and how often BiFPN or
+    # NAS-FPN repeats its layers;
+    cfg.MODEL.FPN.SIZE_DIVISIBILITY = 0
+    cfg.MODEL.FPN.NUM_REPEATS = 7
+    # timm's name of the model (modeling/timm_backbone.py),
     cfg.MODEL.TIMM = CN({"NAME": "convnext_tiny"})
     # which of its feature maps, and which of them are returned ("res2"...; none named: all),
     cfg.MODEL.TIMM.OUT_INDICES = [0, 1, 2, 3]

@@ -1,5 +1,6 @@
 """Modules of models that the projects share; importing it registers them."""
 
+from . import timm_pyramids  # noqa: F401  registers its backbones
 from .batched_cascade import BatchedCascadeROIHeads
 from .box_regression import (
     BOX_LOSSES,
@@ -17,6 +18,7 @@ from .cascade import (
     check_first_iou,
     check_per_stage,
 )
+from .classification import CLASSIFIER_REGISTRY, ImageClassifier, timm_classifier
 from .matcher import LOW_QUALITY_MATCHES, AnchorMatcher
 from .region_predictor import RegionPredictor
 from .retinanet import LOSS_NORMALIZERS, BatchRetinaNet
@@ -27,6 +29,7 @@ from .upernet import PyramidPooling, UperNetHead
 
 __all__ = [
     "BOX_LOSSES",
+    "CLASSIFIER_REGISTRY",
     "LOSS_NORMALIZERS",
     "LOW_QUALITY_MATCHES",
     "SCORE_AVERAGES",
@@ -34,6 +37,7 @@ __all__ = [
     "BatchRetinaNet",
     "BatchedCascadeROIHeads",
     "FlexibleCascadeROIHeads",
+    "ImageClassifier",
     "PyramidPooling",
     "RegionPredictor",
     "Segmenter",
@@ -49,4 +53,5 @@ __all__ = [
     "encode",
     "giou_loss",
     "masked_box_loss",
+    "timm_classifier",
 ]

@@ -1,5 +1,4 @@
-"""Any of timm's convolutional or hierarchical models as a Detectron2 backbone, alone or under a
-feature pyramid.
+"""Any of timm's convolutional or hierarchical models as a Detectron2 backbone.
 
 Letters: N images, C channels, Hi and Wi size of level i.
 """
@@ -15,19 +14,13 @@ from typing import Any
 import torch
 from detectron2.config import configurable
 from detectron2.layers import ShapeSpec
-from detectron2.modeling.backbone import BACKBONE_REGISTRY, FPN, Backbone
-from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
+from detectron2.modeling.backbone import BACKBONE_REGISTRY, Backbone
 from torch import Tensor, nn
 
 from d2dense.errors import UserError, nearest
 from d2dense.layers import build_norm
 
-__all__ = [
-    "TIMM_NORMS",
-    "TimmBackbone",
-    "build_retinanet_timm_fpn_backbone",
-    "build_timm_fpn_backbone",
-]
+__all__ = ["TIMM_NORMS", "TimmBackbone"]
 
 TIMM_NORMS = ("", "FrozenBN", "SyncBN")
 # How timm calls the stages of ConvNeXt, Swin and ResNet; a ResNet's count from 1.
@@ -267,28 +260,3 @@ def _stage_blocks(model: nn.Module) -> list[int]:
         if found is not None and found[3] != "downsample":
             blocks[int(found[2])].add(found[3])
     return [len(blocks[stage]) for stage in sorted(blocks)]
-
-
-def _pyramid(cfg, bottom_up: TimmBackbone, top_block: nn.Module) -> FPN:
-    return FPN(
-        bottom_up=bottom_up,
-        in_features=cfg.MODEL.FPN.IN_FEATURES or list(bottom_up.output_shape()),
-        out_channels=cfg.MODEL.FPN.OUT_CHANNELS,
-        norm=cfg.MODEL.FPN.NORM,
-        top_block=top_block,
-        fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
-    )
-
-
-@BACKBONE_REGISTRY.register()
-def build_timm_fpn_backbone(cfg, input_shape: ShapeSpec) -> FPN:
-    """Return a timm model under a pyramid whose last level is a max-pooled one, for R-CNN."""
-    return _pyramid(cfg, TimmBackbone(cfg, input_shape), LastLevelMaxPool())
-
-
-@BACKBONE_REGISTRY.register()
-def build_retinanet_timm_fpn_backbone(cfg, input_shape: ShapeSpec) -> FPN:
-    """Return a timm model under a pyramid with p6 and p7 made of its ``res5``, for RetinaNet."""
-    bottom_up = TimmBackbone(cfg, input_shape)
-    channels = bottom_up.output_shape()["res5"].channels
-    return _pyramid(cfg, bottom_up, LastLevelP6P7(channels, cfg.MODEL.FPN.OUT_CHANNELS))
