@@ -1,5 +1,7 @@
 """Layers that the projects and the engine share."""
 
+from .deformable_attention import MultiScaleDeformableAttention
+from .deformable_sampling import deformable_sampling
 from .drop_path import Residual
 from .mlp import MLP2d
 from .norm import NORMS, LayerNorm2d, build_norm
@@ -9,9 +11,11 @@ __all__ = [
     "NORMS",
     "LayerNorm2d",
     "MLP2d",
+    "MultiScaleDeformableAttention",
     "Residual",
     "SyncBatchNorm",
     "build_norm",
+    "deformable_sampling",
     "has_sync_norms",
     "replace_sync_norms",
 ]
