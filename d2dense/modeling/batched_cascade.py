@@ -20,7 +20,9 @@ __all__ = ["BatchedCascadeROIHeads"]
 
 
 class BatchedCascadeROIHeads(StandardROIHeads):
-    """Base of cascades: a subclass has ``_forward_box`` (inference) and ``_region_losses``.
+    """Base of cascades: a subclass has ``_forward_box`` (inference) and ``_region_losses``, and to
+    be scripted ``mask_on`` and ``keypoint_on`` as Final attributes: TorchScript reads the
+    annotations of one class only.
 
     Args:
         num_classes, batch_size_per_image, positive_fraction, proposal_append_gt: as in Detectron2's
@@ -34,9 +36,6 @@ class BatchedCascadeROIHeads(StandardROIHeads):
         scale_gradients: multiply the gradient at the pooled features by 1 / number of stages
         mask_*, keypoint_*: as in Detectron2's ``StandardROIHeads``
     """
-
-    mask_on: torch.jit.Final[bool]  # constants, so that scripting drops the branches that are off
-    keypoint_on: torch.jit.Final[bool]
 
     def __init__(
         self,

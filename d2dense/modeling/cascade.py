@@ -111,6 +111,9 @@ class FlexibleCascadeROIHeads(BatchedCascadeROIHeads):
         mask_*, keypoint_*: otherwise as in Detectron2's ``StandardROIHeads``
     """
 
+    mask_on: torch.jit.Final[bool]  # constants, so that scripting drops the branches that are off
+    keypoint_on: torch.jit.Final[bool]
+
     @configurable
     def __init__(
         self,

@@ -65,6 +65,9 @@ class FSCascadeROIHeads(BatchedCascadeROIHeads):
         mask_*, keypoint_*: as in Detectron2's ``StandardROIHeads``
     """
 
+    mask_on: torch.jit.Final[bool]  # constants, so that scripting drops the branches that are off
+    keypoint_on: torch.jit.Final[bool]
+
     @configurable
     def __init__(
         self,
