@@ -212,3 +212,37 @@ def _add_model_keys(cfg: CN) -> None:
     cfg.MODEL.TIMM.WEIGHTS = ""
     # Further arguments of timm's constructor in capitals, such as DEPTHS: [1, 1, 2, 1].
     cfg.MODEL.TIMM.OPTIONS = CN(new_allowed=True)
+    _add_detr_keys(cfg)
+
+
+def _add_detr_keys(cfg: CN) -> None:
+    # META_ARCHITECTURE "DeformableDETR" (modeling/detr): the backbone's feature maps, finest first,
+    cfg.MODEL.DETR = CN({"IN_FEATURES": ["p3", "p4", "p5", "p6"]})
+    # what makes levels of them: "none", or "channel_mapper" (any widths, adds coarser levels),
+    cfg.MODEL.DETR.NECK = "none"
+    # how many levels, and their channels,
+    cfg.MODEL.DETR.LEVELS = 4
+    cfg.MODEL.DETR.CHANNELS = 256
+    cfg.MODEL.DETR.NUM_CLASSES = 80
+    cfg.MODEL.DETR.NUM_QUERIES = 300
+    cfg.MODEL.DETR.ENCODER_LAYERS = 6
+    cfg.MODEL.DETR.DECODER_LAYERS = 6
+    # attention heads, and the points that each reads per level,
+    cfg.MODEL.DETR.HEADS = 8
+    cfg.MODEL.DETR.POINTS = 4
+    # width inside the perceptrons, and dropout,
+    cfg.MODEL.DETR.FEEDFORWARD = 1024
+    cfg.MODEL.DETR.DROPOUT = 0.1
+    # the sine encoding of positions,
+    cfg.MODEL.DETR.POSITION_TEMPERATURE = 10000.0
+    cfg.MODEL.DETR.POSITION_OFFSET = -0.5
+    # whether each decoder layer starts from the boxes of the one before, and has heads of its own,
+    cfg.MODEL.DETR.BOX_REFINEMENT = False
+    # weights of the losses, which are those of the matching costs too, and the focal loss,
+    cfg.MODEL.DETR.CLASS_WEIGHT = 2.0
+    cfg.MODEL.DETR.L1_WEIGHT = 5.0
+    cfg.MODEL.DETR.GIOU_WEIGHT = 2.0
+    cfg.MODEL.DETR.FOCAL_ALPHA = 0.25
+    cfg.MODEL.DETR.FOCAL_GAMMA = 2.0
+    # and detections per image.
+    cfg.MODEL.DETR.MAX_DETECTIONS = 100

@@ -20,6 +20,7 @@ __all__ = ["CLASS_COUNT_KEYS", "dataset_classes", "resolve_class_counts"]
 # Meta-architecture to the yacs keys that hold its class counts; projects add theirs.
 CLASS_COUNT_KEYS: dict[str, list[str]] = {
     "BatchRetinaNet": ["MODEL.RETINANET.NUM_CLASSES"],
+    "DeformableDETR": ["MODEL.DETR.NUM_CLASSES"],
     "GeneralizedRCNN": ["MODEL.ROI_HEADS.NUM_CLASSES"],
     "PanopticFPN": ["MODEL.ROI_HEADS.NUM_CLASSES", "MODEL.SEM_SEG_HEAD.NUM_CLASSES"],
     "RetinaNet": ["MODEL.RETINANET.NUM_CLASSES"],

@@ -19,6 +19,7 @@ from .cascade import (
     check_per_stage,
 )
 from .classification import CLASSIFIER_REGISTRY, ImageClassifier, timm_classifier
+from .detr import DeformableDETR
 from .matcher import LOW_QUALITY_MATCHES, AnchorMatcher
 from .region_predictor import RegionPredictor
 from .retinanet import LOSS_NORMALIZERS, BatchRetinaNet
@@ -36,6 +37,7 @@ __all__ = [
     "AnchorMatcher",
     "BatchRetinaNet",
     "BatchedCascadeROIHeads",
+    "DeformableDETR",
     "FlexibleCascadeROIHeads",
     "ImageClassifier",
     "PyramidPooling",

@@ -1,0 +1,66 @@
+"""Maps of one width from those of a backbone, without fusion.
+
+Letters: N images, C channels, Hl and Wl size of level l.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from detectron2.layers import Conv2d, ShapeSpec
+from torch import Tensor, nn
+
+__all__ = ["ChannelMapper"]
+
+
+class ChannelMapper(nn.Module):
+    """A 1x1 convolution per map, and coarser levels by strided 3x3 convolutions, the first from the
+    backbone's last map; all with group norm.
+
+    Args:
+        input_shape: channels of the backbone's maps by name
+        in_features: which of them, finest first
+        out_channels: C of all levels
+        levels: how many there are in the end
+        norm_groups: of the group norm
+    """
+
+    def __init__(
+        self,
+        *,
+        input_shape: Mapping[str, ShapeSpec],
+        in_features: Sequence[str],
+        out_channels: int = 256,
+        levels: int = 4,
+        norm_groups: int = 32,
+    ):
+        super().__init__()
+        widths = [input_shape[name].channels for name in in_features]
+
+        def conv(channels: int, kernel: int, stride: int) -> Conv2d:
+            return Conv2d(
+                channels,
+                out_channels,
+                kernel,
+                stride=stride,
+                padding=kernel // 2,
+                bias=False,
+                norm=nn.GroupNorm(norm_groups, out_channels),
+            )
+
+        self.convs = nn.ModuleList(conv(width, 1, 1) for width in widths)
+        extra = [widths[-1]] + [out_channels] * levels
+        self.extra_convs = nn.ModuleList(
+            conv(width, 3, 2) for width in extra[: levels - len(widths)]
+        )
+        for each in (*self.convs, *self.extra_convs):
+            nn.init.xavier_uniform_(each.weight)
+
+    def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        """Return ``(N, C, Hl, Wl)`` per level from the backbone's maps."""
+        levels = [conv(each) for conv, each in zip(self.convs, maps)]
+        last = maps[-1]
+        for conv in self.extra_convs:
+            last = conv(last)
+            levels.append(last)
+        return levels

@@ -1,0 +1,95 @@
+"""One-to-one matching of predictions and objects.
+
+Letters: N images, Q queries, K classes, G most objects in an image, D decoder layers.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor, nn
+from torchvision.ops import box_convert
+
+from d2dense.modeling.box_regression import giou_loss
+
+from .targets import Targets
+
+__all__ = ["HungarianMatcher", "Matches"]
+
+_INVALID = 1e6  # cost where a prediction is not finite
+
+
+class Matches(NamedTuple):
+    """Which query each object got.
+
+    Attributes:
+        queries: ``(D, N, G)``; any number where there is none.
+        found: ``(D, N, G)``, True where an object has a query.
+    """
+
+    queries: Tensor
+    found: Tensor
+
+
+class HungarianMatcher(nn.Module):
+    """The assignment of least total cost, of all images and layers with one copy to the host.
+
+    The cost is computed in float32: focal loss as positive minus as negative, L1 distance of
+    relative cxcywh, and negative generalised IoU in pixels, each times its weight.
+
+    Args:
+        class_weight, l1_weight, giou_weight: of the three terms
+        alpha, gamma: of the focal loss
+    """
+
+    def __init__(
+        self,
+        *,
+        class_weight: float = 2.0,
+        l1_weight: float = 5.0,
+        giou_weight: float = 2.0,
+        alpha: float = 0.25,
+        gamma: float = 2.0,
+    ):
+        super().__init__()
+        self.class_weight, self.l1_weight, self.giou_weight = class_weight, l1_weight, giou_weight
+        self.alpha, self.gamma = alpha, gamma
+
+    @torch.no_grad()
+    def forward(self, logits: Tensor, boxes: Tensor, targets: Targets) -> Matches:
+        """Return the matches of every layer.
+
+        Args:
+            logits: ``(D, N, Q, K)``
+            boxes: ``(D, N, Q, 4)``, cxcywh relative to the image
+        """
+        with torch.autocast(logits.device.type, enabled=False):
+            cost = self.cost(logits.float(), boxes.float(), targets)
+        cost = cost.nan_to_num(nan=_INVALID, posinf=_INVALID, neginf=-_INVALID)
+        table = cost.cpu().numpy()  # the one wait
+        d, n, _, g = table.shape
+        queries, found = np.zeros((d, n, g), dtype=np.int64), np.zeros((d, n, g), dtype=bool)
+        for layer, image in np.ndindex(d, n):
+            rows, columns = linear_sum_assignment(table[layer, image, :, : targets.counts[image]])
+            queries[layer, image, columns] = rows
+            found[layer, image, columns] = True
+        return Matches(
+            *(torch.from_numpy(x).to(logits.device, non_blocking=True) for x in (queries, found))
+        )
+
+    def cost(self, logits: Tensor, boxes: Tensor, targets: Targets) -> Tensor:
+        """Return the cost of every pair, ``(D, N, Q, G)``."""
+        score = logits.sigmoid()
+        positive = self.alpha * (1 - score) ** self.gamma * -(score + 1e-12).log()
+        negative = (1 - self.alpha) * score**self.gamma * -(1 - score + 1e-12).log()
+        classes = targets.classes[None, :, None].expand(*logits.shape[:3], -1)
+        of_class = (positive - negative).gather(3, classes)
+        distance = torch.cdist(boxes, targets.boxes[None].expand(len(boxes), -1, -1, -1), p=1)
+        ours, theirs = (
+            box_convert(each, "cxcywh", "xyxy") * targets.sizes for each in (boxes, targets.boxes)
+        )
+        overlap = 1 - giou_loss(ours[:, :, :, None], theirs[None, :, None], eps=1e-6)
+        return self.class_weight * of_class + self.l1_weight * distance - self.giou_weight * overlap

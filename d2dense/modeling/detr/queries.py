@@ -1,0 +1,52 @@
+"""Where the queries of the decoder come from.
+
+Letters: N images, C channels, Q queries.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from .memory import Memory
+
+__all__ = ["LearnedQueries", "Queries"]
+
+
+class Queries(NamedTuple):
+    """What the decoder starts from.
+
+    Attributes:
+        content: ``(N, Q, C)``.
+        position: ``(N, Q, C)``, added to the content wherever it asks.
+        references: ``(N, Q, 2)`` points xy or ``(N, Q, 4)`` boxes cxcywh, relative to the image
+            without padding.
+    """
+
+    content: Tensor
+    position: Tensor
+    references: Tensor
+
+
+class LearnedQueries(nn.Module):
+    """The same queries for every image; their points follow from their positions.
+
+    Args:
+        num_queries: Q
+        channels: C
+    """
+
+    def __init__(self, *, num_queries: int = 300, channels: int = 256):
+        super().__init__()
+        self.embedding = nn.Embedding(num_queries, 2 * channels)  # position, then content
+        self.reference_points = nn.Linear(channels, 2)
+        nn.init.xavier_uniform_(self.reference_points.weight)
+        nn.init.zeros_(self.reference_points.bias)
+
+    def forward(self, memory: Memory) -> Queries:
+        """Return them for each image of ``memory``."""
+        n = memory.tokens.shape[0]
+        position, content = self.embedding.weight.chunk(2, dim=1)
+        references = self.reference_points(position).float().sigmoid()
+        return Queries(*(each.expand(n, -1, -1) for each in (content, position, references)))
