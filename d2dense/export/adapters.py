@@ -140,6 +140,7 @@ class _SemanticAdapter(Adapter):
             [normal], backbone.size_divisibility, 0.0, backbone.padding_constraints
         )
         scores = self.model.sem_seg_head(backbone(images.tensor), None)[0]
+        assert scores is not None  # TorchScript types it as what training returns too
         return (scores[0, :, : image.shape[1], : image.shape[2]],)
 
 
