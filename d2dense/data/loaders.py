@@ -154,9 +154,7 @@ def build_train_loader(
         StreamDataset(records, mapper, seed=seed, is_wide=is_wide, copy_paste=copy_paste),
         batch_sampler=batches,
         num_workers=num_workers,
-        multiprocessing_context=_context(num_workers),
         collate_fn=workers.pack,
-        worker_init_fn=workers.start,
         bad_samples=BadSamples(max_share=max_bad_share),
     )
 
@@ -186,9 +184,7 @@ def build_test_loader(
         batch_size=batch_size,
         sampler=InferenceSampler(len(records)),
         num_workers=num_workers,
-        multiprocessing_context=_context(num_workers),
         collate_fn=workers.pack,
-        worker_init_fn=workers.start,
     )
 
 
@@ -290,21 +286,35 @@ class _Loader(torchdata.DataLoader):
     traceback.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any):
+    def __init__(self, *args: Any, num_workers: int, **kwargs: Any):
+        context = _context(num_workers)
+        self._arrivals = workers.Arrivals(num_workers) if context == "fork" else None
         # Its workers' seed comes from here and not from the global generator: reading data must not
         # change the numbers that the model draws.
-        super().__init__(*args, generator=torch.Generator(), **kwargs)
+        super().__init__(
+            *args,
+            num_workers=num_workers,
+            multiprocessing_context=context,
+            worker_init_fn=self._arrivals or workers.start,
+            generator=torch.Generator(),
+            **kwargs,
+        )
 
     def __iter__(self) -> Iterator[list[Record]]:
         be_strict()
         with workers.clear_deaths():
-            with workers.held_signals():
-                batches = super().__iter__()
+            batches = self._start()
             try:
                 for batch in batches:
                     yield [self._take(found) for found in workers.unpack(batch)]
             finally:
                 workers.end(batches)
+
+    def _start(self) -> Iterator:
+        if self._arrivals is not None:
+            return self._arrivals.started(super().__iter__)
+        with workers.held_signals():
+            return super().__iter__()
 
     def _take(self, found: Record | SampleError) -> Record:
         if isinstance(found, SampleError):

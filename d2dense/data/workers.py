@@ -5,12 +5,15 @@ told.
 from __future__ import annotations
 
 import contextlib
+import logging
+import mmap
 import os
 import pickle
 import re
 import signal
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
@@ -21,7 +24,12 @@ from d2dense.errors import UserError
 
 from .reading import be_strict
 
-__all__ = ["clear_deaths", "end", "held_signals", "pack", "start", "unpack"]
+__all__ = ["Arrivals", "clear_deaths", "end", "held_signals", "pack", "start", "unpack"]
+
+logger = logging.getLogger(__name__)
+
+START_SECONDS = 60.0  # after which a process that has not started never will
+_START_ATTEMPTS = 3
 
 _KEYS = "DATALOADER.NUM_WORKERS / dataloader.train.num_workers and dataloader.test.num_workers"
 _IGNORED = {signal.SIGINT, signal.SIGUSR1}
@@ -39,6 +47,59 @@ def start(worker: int) -> None:
     cv2.setNumThreads(0)
     be_strict()
     _leave_signals_to_parent()
+
+
+class Arrivals:
+    """Starts forked workers and makes sure that each of them runs.
+
+    A fork beside running threads can hang in the child before its first line: CPython before 3.12
+    waits for a lock that a thread of the process group held at that moment. Nobody would tell the
+    training process, which would wait for that worker's batches for ever.
+
+    An instance is the loader's ``worker_init_fn``.
+    """
+
+    def __init__(self, num_workers: int):
+        self._arrived = mmap.mmap(-1, max(num_workers, 1))  # shared with whatever is forked
+
+    def __call__(self, worker: int) -> None:
+        start(worker)
+        self._arrived[worker] = 1
+
+    def started(self, make: Callable[[], Iterator]) -> Iterator:
+        """Return what ``make`` returned, a DataLoader's iterator, with all of its workers running.
+
+        Raises:
+            UserError: some did not start, three times.
+        """
+        for _ in range(_START_ATTEMPTS):
+            self._arrived[:] = bytes(len(self._arrived))
+            with held_signals():
+                batches = make()
+            workers = getattr(batches, "_workers", [])
+            missing = self._wait(len(workers))
+            if not missing:
+                return batches
+            logger.warning(
+                "%d of %d processes that read data hang at their start; starting all again",
+                missing,
+                len(workers),
+            )
+            end(batches)
+            for worker in workers:
+                worker.kill()  # torch's own way out is a signal that is still held back in them
+                worker.join()
+        raise UserError(
+            f"processes that read data do not start within {START_SECONDS:.0f} s; use fewer of "
+            f"them or none ({_KEYS})"
+        )
+
+    def _wait(self, count: int) -> int:
+        """Return how many of ``count`` workers have not arrived in time."""
+        limit = time.monotonic() + START_SECONDS
+        while (missing := count - sum(self._arrived[:count])) and time.monotonic() < limit:
+            time.sleep(0.002)
+        return missing
 
 
 def pack(samples: list[Any]) -> list[Any] | bytes:
