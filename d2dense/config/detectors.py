@@ -26,6 +26,7 @@ from detectron2.modeling.poolers import ROIPooler
 from detectron2.modeling.proposal_generator import RPN, StandardRPNHead
 from detectron2.modeling.roi_heads import (
     FastRCNNConvFCHead,
+    FastRCNNOutputLayers,
     MaskRCNNConvUpsampleHead,
     StandardROIHeads,
 )
@@ -130,7 +131,7 @@ def faster_rcnn(*, backbone: DictConfig, num_classes: int = 80, channels: int = 
             ),
             box_head=_box_head(channels, convs=0, fcs=2),
             box_predictor=_predictor(
-                weights=[10.0, 10.0, 5.0, 5.0], num_classes="${..num_classes}"
+                FastRCNNOutputLayers, weights=[10.0, 10.0, 5.0, 5.0], num_classes="${..num_classes}"
             ),
         ),
         **_RGB,
@@ -160,6 +161,7 @@ def cascade_mask_rcnn(
         box_heads=[_box_head(channels, convs=4, fcs=1, norm=norm) for _ in stages],
         box_predictors=[
             _predictor(
+                RegionPredictor,
                 weights=[1 / std for std in stds],
                 num_classes="${...num_classes}",
                 box_reg_loss_type="giou",
@@ -235,8 +237,10 @@ def _box_head(channels: int, *, convs: int, fcs: int, norm: str = "") -> DictCon
     )
 
 
-def _predictor(*, weights: Sequence[float], num_classes: str, **changes) -> DictConfig:
-    return L(RegionPredictor)(
+def _predictor(
+    kind: type[FastRCNNOutputLayers], *, weights: Sequence[float], num_classes: str, **changes
+) -> DictConfig:
+    return L(kind)(
         input_shape=L(ShapeSpec)(channels=1024),
         box2box_transform=L(box_transform)(weights=list(weights)),
         num_classes=num_classes,

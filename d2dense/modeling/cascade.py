@@ -193,16 +193,13 @@ class FlexibleCascadeROIHeads(BatchedCascadeROIHeads):
         side = box_head.POOLER_RESOLUTION
         channels = input_shape[cfg.MODEL.ROI_HEADS.IN_FEATURES[0]].channels
         shape = ShapeSpec(channels=channels, height=side, width=side)
-        heads, predictors = [], []
-        for weights in cascade.BBOX_REG_WEIGHTS:  # in turn, as Detectron2 draws initial weights
-            heads.append(build_box_head(cfg, shape))
-            predictors.append(
-                RegionPredictor(
-                    cfg,
-                    heads[-1].output_shape,
-                    box2box_transform=box_transform(weights=weights),
-                )
+        heads = [build_box_head(cfg, shape) for _ in cascade.IOUS]
+        predictors = [  # after all heads, as lazy configs draw initial weights
+            RegionPredictor(
+                cfg, head.output_shape, box2box_transform=box_transform(weights=weights)
             )
+            for head, weights in zip(heads, cascade.BBOX_REG_WEIGHTS)
+        ]
         return {
             **cls._init_box_pooler(cfg, input_shape),
             "box_heads": heads,

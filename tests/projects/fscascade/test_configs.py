@@ -3,7 +3,7 @@
 import pytest
 import torch
 from detectron2.config import instantiate
-from omegaconf import ListConfig
+from omegaconf import DictConfig, ListConfig
 
 from d2dense import config, model_zoo
 from d2dense.data import mappers
@@ -106,7 +106,7 @@ def test_both_kinds_give_the_same_model_and_run(name):
 
 def settings_of(model) -> dict[str, dict]:
     """Plain attributes of all modules and of what they hold: thresholds, weights, sizes, modes."""
-    plain = (bool, int, float, str, tuple, list, dict, type(None), ListConfig)
+    plain = (bool, int, float, str, tuple, list, dict, type(None), ListConfig, DictConfig)
     found = {}
     for name, module in model.named_modules():
         values = {
@@ -120,14 +120,14 @@ def settings_of(model) -> dict[str, dict]:
                 for attribute in ("weights", "thresholds", "labels", "allow_low_quality_matches"):
                     if hasattr(held, attribute):
                         values[f"{key}.{attribute}"] = getattr(held, attribute)
-        if "loss_weight" in values and isinstance(values["loss_weight"], dict):
+        if isinstance(values.get("loss_weight"), (dict, DictConfig)):
             values["loss_weight"] = {k: v for k, v in values["loss_weight"].items() if v != 1.0}
         found[name] = {key: listed(value) for key, value in values.items()}
     return found
 
 
 def listed(value):
-    if isinstance(value, dict):
+    if isinstance(value, (dict, DictConfig)):
         return {k: listed(v) for k, v in value.items()}
     if isinstance(value, (list, tuple, ListConfig)):
         return [listed(v) for v in value if not isinstance(v, torch.nn.Module)]
