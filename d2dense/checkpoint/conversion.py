@@ -11,7 +11,6 @@ import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor, nn
 
 from d2dense import projects
@@ -40,6 +39,8 @@ class Correspondence:
             such as the classifier of pre-training.
         fresh: pattern of our names that such files do not hold by design.
         layouts: our name -> (to ours, to theirs) where the values are ordered differently.
+        class_keys: pattern of their names whose shape follows the number of classes -> the config
+            key of that number.
     """
 
     names: Mapping[str, str]
@@ -49,6 +50,11 @@ class Correspondence:
     layouts: Mapping[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = field(
         default_factory=dict
     )
+    class_keys: Mapping[str, str] = field(default_factory=dict)
+
+    def class_key(self, theirs: str) -> str | None:
+        """Return the config key of the number of classes that a tensor's shape follows, if any."""
+        return next((key for name, key in self.class_keys.items() if re.match(name, theirs)), None)
 
 
 Source = Callable[[nn.Module, Collection[str]], Correspondence]
@@ -101,17 +107,19 @@ def convert_with_report(
     theirs = _without_wrapper(state_dict)
     known = _correspondence(source, model, theirs)
     own = model.state_dict()
-    weights, missing = {}, []
+    weights, missing, misshaped = {}, [], []
     for name, value in own.items():
         other = known.names.get(name)
         if other in theirs:
             found = theirs[other]
             if name in known.layouts:
                 found = known.layouts[name][0](found)
-            _check_shape(other, found, name, value)
+            if found.shape != value.shape:
+                misshaped.append((name, found, value))
             weights[name] = found
         else:
             missing.append(name)
+    _check_shapes(misshaped, known)
     used = {known.names[name] for name in weights}
     unused = [name for name in theirs if name not in used and name not in known.constants]
     _check(unused, known.unused, f"tensors that {type(model).__name__} has no place for")
@@ -168,13 +176,27 @@ def _check(names: list[str], expected: str, what: str) -> None:
         )
 
 
-def _check_shape(theirs: str, found: Tensor, ours: str, expected: torch.Tensor) -> None:
-    if found.shape != expected.shape:
-        raise UserError(
-            f"{theirs} has shape {tuple(found.shape)} in the file, but {ours} "
-            f"has {tuple(expected.shape)}; use the config of the model that the file belongs to "
-            "(number of classes, widths)"
+def _check_shapes(misshaped: list[tuple[str, Tensor, Tensor]], known: Correspondence) -> None:
+    """Raise a ``UserError`` that names (ours, in the file, in the model) and what to change."""
+    if not misshaped:
+        return
+    described, keys = [], set()
+    for ours, found, expected in misshaped:
+        theirs = known.names[ours]
+        described.append(
+            f"{theirs} has shape {tuple(found.shape)} in the file, but {ours} has "
+            f"{tuple(expected.shape)}"
         )
+        keys |= {known.class_key(theirs)}
+    if None in keys:
+        remedy = "use the config of the model that the file belongs to (number of classes, widths)"
+    else:
+        remedy = (
+            f"set {' and '.join(sorted(keys))} to the file's number of classes; training on "
+            "another number starts with these tensors afresh where TRAIN.REINIT_MISSHAPED "
+            "(train.reinit_misshaped) is true"
+        )
+    raise UserError(f"{_shortened(described)}; {remedy}")
 
 
 def _shortened(names: Collection[str], count: int = 3) -> str:

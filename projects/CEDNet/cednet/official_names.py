@@ -26,6 +26,7 @@ from .blocks import (
 )
 from .classifier import CEDNetClassifier
 from .cross_shaped import CrossShapedAttention, GlobalAttention
+from .official_heads import CLASS_KEYS, HEADS, Layout, layouts
 from .stages import Decoder, Encoder, Stage
 from .trunk import CEDNetTrunk
 from .window import WindowAttention
@@ -99,9 +100,11 @@ def correspondence(model: nn.Module, names: Collection[str]) -> Correspondence:
         prefix = "backbone."
     pairs: dict[str, str] = {}
     constants: dict[str, Tensor] = {}
+    orders: dict[str, Layout] = {}
     trunk_path = ""
     for path, module in model.named_modules():
         ours = f"{path}." if path else ""
+        orders |= {ours + name: order for name, order in layouts(module).items()}
         if isinstance(module, CEDNetTrunk):
             trunk_path = ours
         for our_name, their_name, constant in _top(module, prefix):
@@ -110,7 +113,14 @@ def correspondence(model: nn.Module, names: Collection[str]) -> Correspondence:
             else:
                 constants[their_name] = constant
     unused, fresh = _expected(model, set(names), trunk_path, prefix)
-    return Correspondence(names=pairs, constants=constants, unused=unused, fresh=fresh)
+    return Correspondence(
+        names=pairs,
+        constants=constants,
+        unused=unused,
+        fresh=fresh,
+        layouts=orders,
+        class_keys=CLASS_KEYS,
+    )
 
 
 def part_names(part: nn.Module) -> dict[str, str]:
@@ -134,6 +144,10 @@ def _top(module: nn.Module, prefix: str) -> Iterator[tuple[str, str, Tensor | No
         yield from _walk(module, "", prefix, _classifier_parts(module))
     elif isinstance(module, UperNetHead):
         yield from _walk(module, "", "", _upernet_parts(module))
+    else:
+        for kind, parts in HEADS.items():
+            if isinstance(module, kind):
+                yield from _walk(module, "", "", parts(module))
 
 
 def _trunk_parts(trunk: CEDNetTrunk) -> dict[str, str]:
