@@ -1,9 +1,14 @@
-"""Area of the important regions (appendix B of the CEDNet paper): the share of pixels whose input
-gradient is above a threshold, as a curve over the threshold.
+"""Area of the important regions (appendix B of the CEDNet paper): the share of an image's pixels
+whose input gradient g is above a threshold t, as a curve over t, mean over the images.
 
-The paper says that both axes are normalised, not how. Here: each gradient map is divided by its own
-largest value, so that thresholds run from 0 to 1 and models with larger losses are not favoured;
-areas are shares of the image's pixels; curves are means over the images.
+The paper says that both axes are normalised, not how. Both readings are given here:
+
+- *common*: thresholds are values of g, the same for all images and models, and the axis is divided
+  by the largest g of all. A model whose loss is larger has larger areas.
+- *relative*: each map is first divided by its own largest value. What counts is how concentrated a
+  map is, whatever the size of the loss.
+
+Letters: T thresholds.
 """
 
 from __future__ import annotations
@@ -11,47 +16,62 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["AreaCurve"]
+__all__ = ["COMMON_THRESHOLDS", "AreaCurve", "relative", "relative_thresholds"]
+
+# 0, and eight steps per factor of two over all sizes that gradients have.
+COMMON_THRESHOLDS = torch.cat(
+    [torch.zeros(1, dtype=torch.float64), 2.0 ** (torch.arange(-60 * 8, 20 * 8 + 1).double() / 8)]
+)
+
+
+def relative_thresholds(steps: int = 1000) -> Tensor:
+    """Return ``(steps + 1,)`` even thresholds from 0 to 1."""
+    return torch.arange(steps + 1, dtype=torch.float64) / steps
+
+
+def relative(gradient: Tensor) -> Tensor:
+    """Divide a map by its largest value; a map of zeros stays as it is."""
+    largest = gradient.max()
+    return gradient.double() / largest.double() if largest > 0 else gradient.double()
 
 
 class AreaCurve:
-    """Mean share of pixels with ``g / max(g) > t`` at thresholds ``t = 0, 1 / bins, ..., 1``.
-
-    Exact at these thresholds; memory does not grow with the number of images. An image without any
-    gradient counts as an area of 0.
+    """Mean share of pixels with ``g > t``, exact at each threshold t; memory does not grow with the
+    number of images.
 
     Args:
-        bins: steps of t.
+        thresholds: ``(T,)``, rising
+
+    Attributes:
+        count: images so far
+        largest: g of all images
     """
 
-    def __init__(self, bins: int = 1000):
-        self.thresholds = torch.arange(bins + 1, dtype=torch.float64) / bins
+    def __init__(self, thresholds: Tensor):
+        self.thresholds = thresholds
         self.count = 0
-        self._areas = torch.zeros_like(self.thresholds)
-        self._area_under = 0.0
+        self.largest = 0.0
+        self._areas = torch.zeros_like(thresholds)
+        self._mean = 0.0
 
-    def add(self, gradient: Tensor) -> float:
-        """Add a map of any shape without negative values; return the area under its own curve,
-        which is the mean of ``g / max(g)``.
-        """
+    def add(self, gradient: Tensor) -> None:
+        """Add a map of any shape, without negative values."""
         values = gradient.double().flatten()
-        largest = values.max()
-        if largest > 0:
-            values = values / largest
-        below = torch.searchsorted(self.thresholds, values)  # thresholds that each value exceeds
-        counts = torch.bincount(below, minlength=len(self.thresholds) + 1)
+        exceeded = torch.searchsorted(self.thresholds, values)  # how many thresholds each is above
+        counts = torch.bincount(exceeded, minlength=len(self.thresholds) + 1).double()
         self._areas += counts.flip(0).cumsum(0).flip(0)[1:] / len(values)
-        area_under = float(values.mean())
-        self._area_under += area_under
+        self._mean += float(values.mean())
+        self.largest = max(self.largest, float(values.max()))
         self.count += 1
-        return area_under
 
     @property
     def areas(self) -> Tensor:
-        """Mean area ``(bins + 1,)`` at each threshold, 0 before any image."""
+        """Mean area ``(T,)`` at each threshold; 0 before any image."""
         return self._areas / max(self.count, 1)
 
     @property
     def area_under(self) -> float:
-        """Integral of the curve over all t from 0 to 1, not only those of the table."""
-        return self._area_under / max(self.count, 1)
+        """Integral of the curve over all t from 0 on, which is the mean of g over pixels, then
+        images; exact, whatever the thresholds.
+        """
+        return self._mean / max(self.count, 1)

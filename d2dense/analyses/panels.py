@@ -17,6 +17,7 @@ from .quality import Detections, Objects, Qualities
 __all__ = ["View", "draw"]
 
 _WIDTH = 4.0  # inches per model
+_LETTERS = 0.04  # height of a label in that of the picture
 _TRUTH, _FOUND = "red", "blue"
 
 
@@ -79,7 +80,10 @@ def _add_found(axes: Axes, found: Detections, qualities: Qualities) -> None:
             continue
         box = found.boxes[index]
         _add_box(axes, box, _FOUND)
-        _write(axes, (box[0], box[1]), f"({iou:.2f}, {score:.2f})", _FOUND, size=6)
+        corner = (max(box[0], 0), max(box[1], 0))
+        at_top = corner[1] < _LETTERS * axes.get_ylim()[0]
+        text = f"({iou:.2f}, {score:.2f})"
+        _write(axes, corner, text, _FOUND, size=6, va="top" if at_top else "bottom")
     _write(axes, (0, 0), f"{qualities.image_score:.3f}", "black", size=9, va="top")
 
 

@@ -159,7 +159,7 @@ def compare(
             for found in (model, baseline)
         ]
         rows.append((record, len(objects.boxes), *scores))
-    rows.sort(key=lambda row: row[3] - row[2])
+    rows.sort(key=lambda row: round(row[3] - row[2], 9))  # equal ones differ by rounding errors
     return [Comparison(*row, rank=k) for k, row in enumerate(rows, start=1)]
 
 

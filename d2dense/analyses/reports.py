@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from d2dense.errors import UserError
 from d2dense.evaluation.base import image_key
 
 from . import panels
-from .areas import AreaCurve
+from .areas import COMMON_THRESHOLDS, AreaCurve, relative, relative_thresholds
 from .detectors import Detector
 from .figures import make_folder, save, write_table
 from .fusion import FusionTime
@@ -26,6 +27,8 @@ from .quality import Comparison, Detections, Objects, object_qualities
 
 __all__ = ["fusion_report", "gradient_report", "quality_panels", "quality_report"]
 
+
+logger = logging.getLogger(__name__)
 
 # ------------------------------------------------ input gradients and areas
 
@@ -37,23 +40,29 @@ def gradient_report(
     *,
     pictures: int = 4,
     arrays: bool = False,
-    bins: int = 1000,
+    steps: int = 1000,
     seed: int = 0,
-) -> dict[str, float]:
+) -> dict[str, dict[str, float]]:
     """Compute the gradient maps of all images by every detector and write
 
-    - ``areas.png`` and ``areas.csv``: area over threshold, see :class:`AreaCurve`;
-    - ``images.csv``: loss, largest gradient and area under the curve of each image;
-    - ``summary.json``: area under the mean curve by detector;
+    - ``areas.png/.csv`` and ``areas_relative.png/.csv``: area over threshold, see
+      :mod:`d2dense.analyses.areas`;
+    - ``images.csv``: loss, largest and mean gradient of each image;
+    - ``summary.json``: areas under the two curves by detector;
     - ``maps/``: the first ``pictures`` images with their maps; with ``arrays`` all maps as ``.npz``
       (float32 ``(H, W)`` by detector).
 
+    Args:
+        steps: of the relative threshold
+        seed: of :func:`input_gradient`
+
     Returns:
-        Area under the mean curve by detector.
+        Areas under the curves: ``{"common" or "relative": {detector: area}}``.
     """
     folder = make_folder(output)
-    maps_folder = make_folder(folder / "maps")
-    curves = {each.name: AreaCurve(bins) for each in detectors}
+    maps_folder = make_folder(folder / "maps") if pictures > 0 or arrays else folder
+    common = {each.name: AreaCurve(COMMON_THRESHOLDS) for each in detectors}
+    own = {each.name: AreaCurve(relative_thresholds(steps)) for each in detectors}
     rows = []
     streams = [each.labelled_images(records) for each in detectors]
     for index, samples in enumerate(zip(*streams)):
@@ -61,42 +70,66 @@ def gradient_report(
             each.name: input_gradient(each.model, sample, seed=seed)
             for each, sample in zip(detectors, samples)
         }
-        record = records[index]
-        row: list[Any] = [image_key(record), record["file_name"]]
         for name, gradient in found.items():
-            under = curves[name].add(gradient.map)
-            row += [f"{v:.6g}" for v in (gradient.loss, gradient.map.max(), under)]
-        rows.append(row)
+            common[name].add(gradient.map)
+            own[name].add(relative(gradient.map))
+        record = records[index]
+        rows.append([image_key(record), record["file_name"], *_numbers(found)])
         if index < pictures:
             _draw_maps(_picture_path(maps_folder, index, record), record, found)
         if arrays:
+            maps = {name: gradient.map.numpy() for name, gradient in found.items()}
             np.savez_compressed(
-                _picture_path(maps_folder, index, record).with_suffix(".npz"),
-                **{name: gradient.map.numpy() for name, gradient in found.items()},
+                _picture_path(maps_folder, index, record).with_suffix(".npz"), **maps
             )
-    measures = ("loss", "largest_gradient", "area_under")
-    header = [f"{name}: {measure}" for name in curves for measure in measures]
+        if (index + 1) % _LOG_PERIOD == 0:
+            logger.info("%d of %d images", index + 1, len(records))
+    header = [f"{name}: {each}" for name in common for each in _MEASURES]
     write_table(folder / "images.csv", ["image_id", "file_name", *header], rows)
-    _draw_areas(folder / "areas", curves)
-    areas = {name: curve.area_under for name, curve in curves.items()}
-    summary = {"images": len(rows), "area_under": areas}
+    largest = max(curve.largest for curve in common.values()) or 1.0
+    areas = {
+        "common": {name: curve.area_under / largest for name, curve in common.items()},
+        "relative": {name: curve.area_under for name, curve in own.items()},
+    }
+    _draw_areas(folder / "areas", common, largest, "largest gradient of all")
+    _draw_areas(folder / "areas_relative", own, 1.0, "largest gradient of the image")
+    summary = {"images": len(rows), "largest_gradient": largest, "area_under": areas}
     (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     return areas
 
 
-def _draw_areas(path: Path, curves: Mapping[str, AreaCurve]) -> None:
+_MEASURES = ("loss", "largest_gradient", "mean_gradient")
+_LOG_PERIOD = 100  # images
+
+
+def _numbers(found: Mapping[str, InputGradient]) -> list[str]:
+    return [
+        f"{float(value):.6g}"
+        for gradient in found.values()
+        for value in (gradient.loss, gradient.map.max(), gradient.map.mean())
+    ]
+
+
+def _draw_areas(path: Path, curves: Mapping[str, AreaCurve], largest: float, unit: str) -> None:
+    """Draw areas over thresholds that are divided by ``largest``, up to 1."""
     axes = Figure(figsize=(6, 4.5)).add_subplot()
-    thresholds = next(iter(curves.values())).thresholds
+    thresholds = next(iter(curves.values())).thresholds / largest
+    shown = thresholds <= 1
+    shown[(~shown).nonzero()[:1]] = True  # the first one above, where every area is 0
     for name, curve in curves.items():
-        axes.plot(thresholds[1:], curve.areas[1:], label=f"{name} ({curve.area_under:.4f})")
+        label = f"{name} (area under: {curve.area_under / largest:.4g})"
+        axes.plot(thresholds[shown], curve.areas[shown], label=label)
+    left = 1e-5 if largest != 1.0 else float(thresholds[1])
     axes.set(
         xscale="log",
-        xlabel="threshold / largest gradient of the image",
+        xlim=(left, 1.0),
+        xlabel=f"threshold / {unit}",
         ylabel="mean area / image area",
     )
-    areas = [curve.areas.tolist() for curve in curves.values()]
+    areas = [curve.areas[shown].tolist() for curve in curves.values()]
     rows = (
-        [f"{t:.6g}", *(f"{a:.8f}" for a in at_t)] for t, *at_t in zip(thresholds.tolist(), *areas)
+        [f"{t:.6g}", *(f"{a:.8f}" for a in at_t)]
+        for t, *at_t in zip(thresholds[shown].tolist(), *areas)
     )
     save(path, axes.figure, ["t", *curves], rows)
 
@@ -130,7 +163,8 @@ def quality_report(
     figure = Figure(figsize=(9, 4))
     histogram, curve = figure.subplots(1, 2)
     histogram.hist(differences, bins=50)
-    histogram.set(xlabel=f"score of {names[0]} - score of {names[1]}", ylabel="images")
+    histogram.set(xlabel="difference of the image scores", ylabel="images")
+    figure.suptitle(f"{names[0]} - {names[1]}", fontsize=9)
     curve.plot(range(1, len(differences) + 1), differences, label="difference")
     curve.axvline(kept, color="grey", linestyle="--", label=f"best {kept}")
     curve.axhline(0.0, color="grey", linewidth=0.8)

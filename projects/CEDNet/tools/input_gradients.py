@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Input gradient maps of detectors, and the area of the regions that their losses depend on.
 
-Writes areas.png/.csv, images.csv, summary.json and pictures under maps/.
+Writes areas.png/.csv (one threshold for all images and models), areas_relative.png/.csv (thresholds
+relative to each image's largest gradient), images.csv, summary.json and pictures under maps/.
 """
 
 from __future__ import annotations
@@ -29,10 +30,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--num", type=int, help="images to use: the first ones, or the best of --ranking")
     add("--pictures", type=int, default=4, help="of how many images maps are drawn")
     add("--arrays", action="store_true", help="write every map as .npz too")
-    add("--bins", type=int, default=1000, help="steps of the threshold")
+    add("--steps", type=int, default=1000, help="of the relative threshold")
     add("--seed", type=int, default=0, help="of the sampling in two-stage detectors")
     args = parser.parse_intermixed_args(argv)
-    command.at_least_one(args, "num", "bins")
+    command.at_least_one(args, "num", "steps")
     return args
 
 
@@ -61,11 +62,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.output,
         pictures=args.pictures,
         arrays=args.arrays,
-        bins=args.bins,
+        steps=args.steps,
         seed=args.seed,
     )
-    for name, area in areas.items():
-        print(f"{name}: area under the curve {area:.4f} over {len(records)} images")
+    for name in areas["common"]:
+        common, relative = (areas[kind][name] for kind in ("common", "relative"))
+        print(f"{name}: area under the curve {common:.4g}, relative {relative:.4g}")
     print(f"written to {args.output}")
     return 0
 
