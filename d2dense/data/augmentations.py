@@ -133,7 +133,7 @@ def semantic(
     max_size: int = 2048,
     sample_style: str = "choice",
     scale_range: Sequence[float] | None = None,
-    scale_step: float = 0.0,
+    scale_step: float | None = None,
     crop_size: Sequence[int] | None = (512, 512),
     single_category_max_area: float = 1.0,
     ignore_label: int = 255,
@@ -185,7 +185,10 @@ def _resize(
 
 
 def _random_scale(
-    min_size: int | Sequence[int], max_size: int, scale_range: Sequence[float], scale_step: float
+    min_size: int | Sequence[int],
+    max_size: int,
+    scale_range: Sequence[float],
+    scale_step: float | None,
 ) -> RandomScale:
     sizes = [min_size] if isinstance(min_size, int) else list(min_size)
     if len(sizes) != 1:
@@ -268,7 +271,7 @@ class RandomScale(T.Augmentation):
         min_size, max_size: of the frame: the sides of the result, divided by the multiple, are at
             most this, and one of them equals it. A ``min_size`` of 0 takes the image's own sides.
         scale_range: (least, most) multiple, all equally likely.
-        scale_step: with it, only the least multiple plus steps of this are drawn.
+        scale_step: only the least multiple plus steps of this are drawn; None: any.
 
     Raises:
         UserError: a range or a step that makes no sense.
@@ -280,14 +283,15 @@ class RandomScale(T.Augmentation):
         min_size: int,
         max_size: int,
         scale_range: Sequence[float],
-        scale_step: float = 0.0,
+        scale_step: float | None = None,
     ):
         super().__init__()
-        if len(scale_range) != 2 or not 0 < scale_range[0] <= scale_range[1] or scale_step < 0:
+        is_range = len(scale_range) == 2 and 0 < scale_range[0] <= scale_range[1]
+        if not is_range or (scale_step is not None and scale_step <= 0):
             raise UserError(
                 f"INPUT.SCALE_RANGE / scale_range = {list(scale_range)}, INPUT.SCALE_STEP / "
                 f"scale_step = {scale_step}: expected the least and the most scale, above 0, and "
-                "the distance between scales, or 0 for any"
+                "a distance between scales above 0, if any"
             )
         self._init(locals())
 

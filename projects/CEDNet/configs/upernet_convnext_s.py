@@ -1,0 +1,9 @@
+"""UperNet on ConvNeXt-S, trained as on CEDNet.
+
+``model.backbone.pretrained=true`` starts from timm's ImageNet weights.
+"""
+
+from .common.ade20k import dataloader, lr_multiplier, optimizer, train
+from .common.ade20k import upernet_convnext as _upernet
+
+model = _upernet("convnext_small", width=96, drop_path=0.3)
