@@ -86,14 +86,23 @@ def gradient_report(
             logger.info("%d of %d images", index + 1, len(records))
     header = [f"{name}: {each}" for name in common for each in _MEASURES]
     write_table(folder / "images.csv", ["image_id", "file_name", *header], rows)
-    largest = max(curve.largest for curve in common.values()) or 1.0
+    return _report_areas(folder, common, own)
+
+
+def _report_areas(
+    folder: Path, common: Mapping[str, AreaCurve], own: Mapping[str, AreaCurve]
+) -> dict[str, dict[str, float]]:
+    largest = max(curve.largest for curve in common.values())
+    scale = largest or 1.0
+    _draw_areas(folder / "areas", common, "largest gradient of all", scale=scale, left=1e-5)
+    left = float(next(iter(own.values())).thresholds[1])
+    _draw_areas(folder / "areas_relative", own, "largest gradient of the image", left=left)
     areas = {
-        "common": {name: curve.area_under / largest for name, curve in common.items()},
+        "common": {name: curve.area_under / scale for name, curve in common.items()},
         "relative": {name: curve.area_under for name, curve in own.items()},
     }
-    _draw_areas(folder / "areas", common, largest, "largest gradient of all")
-    _draw_areas(folder / "areas_relative", own, 1.0, "largest gradient of the image")
-    summary = {"images": len(rows), "largest_gradient": largest, "area_under": areas}
+    count = next(iter(common.values())).count
+    summary = {"images": count, "largest_gradient": largest, "area_under": areas}
     (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     return areas
 
@@ -110,16 +119,17 @@ def _numbers(found: Mapping[str, InputGradient]) -> list[str]:
     ]
 
 
-def _draw_areas(path: Path, curves: Mapping[str, AreaCurve], largest: float, unit: str) -> None:
-    """Draw areas over thresholds that are divided by ``largest``, up to 1."""
+def _draw_areas(
+    path: Path, curves: Mapping[str, AreaCurve], unit: str, *, scale: float = 1.0, left: float
+) -> None:
+    """Draw areas over thresholds that are divided by ``scale``, from ``left`` to 1."""
     axes = Figure(figsize=(6, 4.5)).add_subplot()
-    thresholds = next(iter(curves.values())).thresholds / largest
+    thresholds = next(iter(curves.values())).thresholds / scale
     shown = thresholds <= 1
     shown[(~shown).nonzero()[:1]] = True  # the first one above, where every area is 0
     for name, curve in curves.items():
-        label = f"{name} (area under: {curve.area_under / largest:.4g})"
+        label = f"{name} (area under: {curve.area_under / scale:.4g})"
         axes.plot(thresholds[shown], curve.areas[shown], label=label)
-    left = 1e-5 if largest != 1.0 else float(thresholds[1])
     axes.set(
         xscale="log",
         xlim=(left, 1.0),
