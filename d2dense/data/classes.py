@@ -22,6 +22,7 @@ CLASS_COUNT_KEYS: dict[str, list[str]] = {
     "BatchRetinaNet": ["MODEL.RETINANET.NUM_CLASSES"],
     "DeformableDETR": ["MODEL.DETR.NUM_CLASSES"],
     "GeneralizedRCNN": ["MODEL.ROI_HEADS.NUM_CLASSES"],
+    "ImageClassifier": ["MODEL.CLASSIFIER.NUM_CLASSES"],
     "PanopticFPN": ["MODEL.ROI_HEADS.NUM_CLASSES", "MODEL.SEM_SEG_HEAD.NUM_CLASSES"],
     "RetinaNet": ["MODEL.RETINANET.NUM_CLASSES"],
     "Segmenter": ["MODEL.SEM_SEG_HEAD.NUM_CLASSES"],
@@ -36,7 +37,8 @@ def dataset_classes(names: str | Sequence[str], kind: str = "thing") -> list[str
 
     Args:
         names: one or more registered names.
-        kind: ``"thing"`` (objects) or ``"stuff"`` (semantic segmentation).
+        kind: ``"thing"`` (objects), ``"stuff"`` (semantic segmentation) or ``"image"``
+            (classification).
 
     Raises:
         UserError: an unknown name, a dataset without such classes, or datasets that differ (custom
@@ -62,7 +64,7 @@ def dataset_classes(names: str | Sequence[str], kind: str = "thing") -> list[str
 def _remedy(names: list[str], kind: str) -> str:
     customs = set(filter(datasets.is_custom, names))
     if len(customs) == 1 and customs != set(names):
-        key = "json" if kind == "thing" else "labels"
+        key = {"thing": "json", "stuff": "labels", "image": "images"}[kind]
         return (
             f"{customs.pop()!r} is the only custom set, no other slot was given: set "
             f"datasets.val.{key} / DATASETS.CUSTOM.VAL.{key.upper()}"
@@ -71,7 +73,11 @@ def _remedy(names: list[str], kind: str) -> str:
 
 
 def _known(name: str, kind: str) -> list[str] | None:
-    classes = MetadataCatalog.get(name).get(f"{kind}_classes")
+    metadata = MetadataCatalog.get(name)
+    if metadata.get("learn_classes") is not None:  # known without the data set's files
+        metadata.set(**metadata.learn_classes())
+        del metadata.learn_classes
+    classes = metadata.get(f"{kind}_classes")
     return None if classes is None else list(classes)
 
 
@@ -84,7 +90,11 @@ def _classes(name: str, kind: str) -> list[str]:
         datasets.learn_classes(name)
         classes = _known(name, kind)
     if classes is None:
-        what = "objects (thing_classes)" if kind == "thing" else "label maps (stuff_classes)"
+        what = {
+            "thing": "objects (thing_classes)",
+            "stuff": "label maps (stuff_classes)",
+            "image": "classes of whole images (image_classes; a folder per class)",
+        }[kind]
         raise UserError(f"dataset {name!r} has no {what}; this model needs another kind of dataset")
     return classes
 
@@ -120,7 +130,7 @@ def _resolve_yacs(cfg: CfgNode) -> CfgNode:
         node = cfg
         for part in path.split("."):
             node = node[part]
-        kind = "stuff" if "SEM_SEG" in key else "thing"
+        kind = "stuff" if "SEM_SEG" in key else "image" if "CLASSIFIER" in key else "thing"
         node[leaf] = _count(key, node[leaf], names, kind, take)
     if frozen:
         cfg.freeze()
@@ -137,9 +147,11 @@ def _resolve_lazy(cfg: DictConfig) -> DictConfig:
     take = OmegaConf.select(cfg, "train.class_count") == "auto"
     has_things = any(_maybe_known(name, "thing") is not None for name in names)
     has_stuff = any(_maybe_known(name, "stuff") is not None for name in names)
+    has_images = any(map(_is_classified, names))
     for key, value in _count_leaves(cfg.model):
         only_stuff = has_stuff and not has_things
         kind = "stuff" if only_stuff or (has_stuff and "sem_seg" in key) else "thing"
+        kind = "image" if has_images else kind
         OmegaConf.update(cfg, key, _count(key, value, names, kind, take))
     return cfg
 
@@ -152,6 +164,11 @@ def _names(value) -> list[str]:
 
 def _maybe_known(name: str, kind: str) -> list[str] | None:
     return _known(name, kind) if name in MetadataCatalog.list() else None
+
+
+def _is_classified(name: str) -> bool:
+    known = name in MetadataCatalog.list()
+    return known and MetadataCatalog.get(name).get("evaluator_type") == "classification"
 
 
 def _count_leaves(model: DictConfig) -> Iterator[tuple[str, int | str]]:

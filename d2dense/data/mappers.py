@@ -8,7 +8,7 @@ in training, ``instances`` with ``gt_boxes`` (N, 4) xyxy, ``gt_classes`` (N,) an
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import cv2
@@ -33,21 +33,22 @@ from .annotations import run_total
 from .geometry import clip_boxes, clip_polygon, polygon_area, transform_mask, transform_polygons
 from .reading import RejectedSample, SampleError, read_image, read_sem_seg
 
-__all__ = ["DetectionMapper", "SemanticMapper", "from_cfg"]
+__all__ = ["DetectionMapper", "SemanticMapper", "from_cfg", "known_format", "to_tensor"]
 
 logger = logging.getLogger(__name__)
 
 _FORMATS = ("BGR", "RGB", "L", "YUV-BT.601")
 
 
-def _to_tensor(image: np.ndarray) -> torch.Tensor:
+def to_tensor(image: np.ndarray) -> torch.Tensor:
     """Return (H, W, C) as (C, H, W), several times faster than by copying a transposed view."""
     planes = np.empty((image.shape[2], *image.shape[:2]), image.dtype)
     cv2.split(np.ascontiguousarray(image), list(planes))
     return torch.from_numpy(planes)
 
 
-def _known_format(image_format: str) -> str:
+def known_format(image_format: str) -> str:
+    """Return the channel order ``image_format`` if there is such a one."""
     if image_format not in _FORMATS:
         raise UserError(
             f"INPUT.FORMAT / image_format = {image_format!r}, expected one of {', '.join(_FORMATS)}"
@@ -101,7 +102,7 @@ class DetectionMapper:
             )
         self.is_train = is_train
         self.augmentations = T.AugmentationList(augmentations)
-        self.image_format = _known_format(image_format)
+        self.image_format = known_format(image_format)
         self.use_instance_mask = use_instance_mask
         self.instance_mask_format = instance_mask_format
         self.recompute_boxes = recompute_boxes
@@ -125,7 +126,7 @@ class DetectionMapper:
             sem_seg = read_sem_seg(record, image, self.ignore_label)
         inputs = T.AugInput(image, boxes=boxes if self.is_train else None, sem_seg=sem_seg)
         transforms = self.augmentations(inputs)
-        record["image"] = _to_tensor(inputs.image)
+        record["image"] = to_tensor(inputs.image)
         if not self.is_train:
             return record
         if inputs.sem_seg is not None:
@@ -274,7 +275,7 @@ class SemanticMapper:
         """
         self.is_train = is_train
         self.augmentations = T.AugmentationList(augmentations)
-        self.image_format = _known_format(image_format)
+        self.image_format = known_format(image_format)
         self.ignore_label = ignore_label
 
     def __call__(self, record: dict[str, Any]) -> dict[str, Any]:
@@ -296,14 +297,14 @@ class SemanticMapper:
             sem_seg = read_sem_seg(record, image, self.ignore_label)
         inputs = T.AugInput(image, sem_seg=sem_seg)
         self.augmentations(inputs)
-        record["image"] = _to_tensor(inputs.image)
+        record["image"] = to_tensor(inputs.image)
         record.pop("annotations", None)
         if sem_seg is not None:
             record["sem_seg"] = torch.from_numpy(inputs.sem_seg.astype(np.int64))
         return record
 
 
-def from_cfg(cfg: CfgNode, is_train: bool) -> DetectionMapper | SemanticMapper:
+def from_cfg(cfg: CfgNode, is_train: bool) -> Callable[[dict[str, Any]], dict[str, Any]]:
     """Build the mapper that ``INPUT.MAPPER`` names.
 
     Raises:
@@ -313,10 +314,13 @@ def from_cfg(cfg: CfgNode, is_train: bool) -> DetectionMapper | SemanticMapper:
         if cfg.MODEL[key]:
             raise UserError(f"MODEL.{key} is set, but the mappers read boxes, masks and label maps")
     name, ignore_label = cfg.INPUT.MAPPER, cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE
+    if name == "classification":
+        from . import classification  # it builds on this module
+
+        return classification.from_cfg(cfg, is_train)
     if name not in _RECIPES:
-        raise UserError(
-            f"INPUT.MAPPER = {name!r}, expected {sorted(_RECIPES)}{nearest(name, _RECIPES)}"
-        )
+        known = sorted([*_RECIPES, "classification"])
+        raise UserError(f"INPUT.MAPPER = {name!r}, expected {known}{nearest(name, known)}")
     if is_train:
         steps = _RECIPES[name](cfg)
     else:
@@ -390,6 +394,8 @@ def _semantic_steps(cfg: CfgNode) -> list[T.Augmentation]:
     return recipes.semantic(
         **_resize_keys(cfg),
         sample_style=cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING,
+        scale_range=cfg.INPUT.SCALE_RANGE or None,
+        scale_step=cfg.INPUT.SCALE_STEP or None,
         crop_size=cfg.INPUT.CROP.SIZE if cfg.INPUT.CROP.ENABLED else None,
         single_category_max_area=cfg.INPUT.CROP.SINGLE_CATEGORY_MAX_AREA,
         ignore_label=cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE,

@@ -126,7 +126,7 @@ def shares(records: Records, recipe: str, *, images: int) -> dict[str, float]:
         (RecordsFile, "read"): "record",
         (mappers, "read_image"): "decode",
         (mappers, "read_sem_seg"): "decode label map",
-        (mappers, "_to_tensor"): "image to tensor",
+        (mappers, "to_tensor"): "image to tensor",
         (mappers.DetectionMapper, "_masks"): "masks",
         (mappers.DetectionMapper, "_pack"): "boxes and packing",
         (CopyPaste, "__call__"): "copy-paste",

@@ -6,6 +6,7 @@ polygons for both of its mask formats (``polygon`` and ``bitmask``) but run-leng
 the pixels that they came from.
 """
 
+from .crops import ensure_crops
 from .outlines import CLASSES
 from .polygons import mask_to_polygons
 from .textures import STUFF_CLASSES
@@ -17,6 +18,7 @@ __all__ = [
     "SEMANTIC_CLASSES",
     "STUFF_CLASSES",
     "ensure",
+    "ensure_crops",
     "generate",
     "mask_to_polygons",
 ]
