@@ -19,14 +19,16 @@ from detectron2.solver import WarmupParamScheduler
 from fvcore.common.param_scheduler import CosineParamScheduler, MultiStepParamScheduler
 from omegaconf import DictConfig, OmegaConf
 
-from d2dense.data import augmentations, loaders, mappers
+from d2dense.data import augmentations, classification, loaders, mappers
 from d2dense.engine.optim import param_groups
-from d2dense.engine.schedule import PolyParamScheduler
+from d2dense.engine.schedule import CosineAfterWarmup, PolyParamScheduler
 from d2dense.evaluation import build_evaluator
 
 __all__ = [
     "adamw",
+    "classification_loader",
     "cosine",
+    "cosine_after_warmup",
     "detection_loader",
     "multistep",
     "poly",
@@ -191,6 +193,40 @@ def semantic_loader(
     )
 
 
+def classification_loader(
+    *,
+    train: str | Sequence[str] = "imagenet_1k_train",
+    test: str | Sequence[str] = "imagenet_1k_val",
+    train_augmentations: DictConfig | None = None,
+    test_augmentations: DictConfig | None = None,
+    batch_size: int = 1024,
+    test_batch_size: int = 64,
+    workers: int = 8,
+    image_format: str = "RGB",
+) -> DictConfig:
+    """Return a ``dataloader`` node for classes of whole images.
+
+    Args:
+        train_augmentations, test_augmentations: lazy nodes of
+            :func:`d2dense.data.classification.imagenet`.
+        test_batch_size: images per batch and process in evaluation.
+    """
+    node = _loader(
+        mapper=classification.ClassificationMapper,
+        train=train,
+        test=test,
+        train_augmentations=train_augmentations or L(classification.imagenet)(is_train=True),
+        test_augmentations=test_augmentations or L(classification.imagenet)(is_train=False),
+        batch_size=batch_size,
+        workers=workers,
+        image_format=image_format,
+        filter_empty=False,
+        aspect_ratio_grouping=False,
+    )
+    node.test.batch_size = test_batch_size
+    return node
+
+
 def sgd(
     *, lr: float = 0.02, momentum: float = 0.9, weight_decay: float = 1e-4, nesterov: bool = False
 ) -> DictConfig:
@@ -278,6 +314,23 @@ def cosine(
     """Return a half-cosine from 1 down to ``end_factor``."""
     scheduler = L(CosineParamScheduler)(start_value=1.0, end_value=end_factor)
     return _warmed_up(scheduler, max_iter, warmup_iters, warmup_factor, warmup_method)
+
+
+def cosine_after_warmup(
+    *,
+    max_iter: int,
+    end_factor: float = 0.0,
+    warmup_iters: int = 1000,
+    warmup_factor: float = 0.0,
+) -> DictConfig:
+    """Return a linear rise to 1 over ``warmup_iters``, then a half-cosine over the rest: the cosine
+    of image classifiers. (That of :func:`cosine` begins with the warm-up, as Detectron2's.)
+    """
+    return L(CosineAfterWarmup)(
+        warmup_length=min(warmup_iters / max_iter, 1.0),
+        warmup_factor=warmup_factor,
+        end_factor=end_factor,
+    )
 
 
 def poly(

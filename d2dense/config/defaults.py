@@ -100,8 +100,8 @@ def _add_solver_keys(cfg: CN) -> None:
     cfg.SOLVER.WEIGHT_DECAY_HEADS = None
     # Parameters whose name holds one of these get no weight decay.
     cfg.SOLVER.NO_DECAY_NAMES = ()
-    # LR_SCHEDULER_NAME "WarmupPolyLR": lr * (1 - t)^power, down to BASE_LR_END. ("WarmupCosineLR" is
-    # Detectron2's; the cosine of "CosineAfterWarmupLR" begins at the end of the warm-up.)
+    # LR_SCHEDULER_NAME "WarmupPolyLR": lr * (1 - t)^power, down to BASE_LR_END. ("WarmupCosineLR"
+    # is Detectron2's; the cosine of "CosineAfterWarmupLR" begins at the end of the warm-up.)
     cfg.SOLVER.POLY_POWER = 0.9
     # Autocast type: "float16" (with loss scaling) or "bfloat16".
     cfg.SOLVER.AMP.DTYPE = "float16"
@@ -176,6 +176,9 @@ def _add_model_keys(cfg: CN) -> None:
     # META_ARCHITECTURE "ImageClassifier" (modeling/classification.py): its network, by its name in
     # CLASSIFIER_REGISTRY ("timm_classifier" reads MODEL.TIMM),
     cfg.MODEL.CLASSIFIER = CN({"NAME": "timm_classifier", "NUM_CLASSES": 1000})
+    # factor on the initial weights of the last layers (not timm's): with few classes, 1 starts from
+    # scores that are far too large,
+    cfg.MODEL.CLASSIFIER.INIT_SCALE = 1.0
     # factors of the losses of a network's heads ([] for their mean), and label smoothing;
     cfg.MODEL.CLASSIFIER.HEAD_WEIGHTS = []
     cfg.MODEL.CLASSIFIER.LABEL_SMOOTHING = 0.0

@@ -250,10 +250,13 @@ class YamlExperiment(Experiment):
             node = common.multistep(milestones=steps, gamma=solver.GAMMA, **warmup)
         elif name == "WarmupCosineLR":
             node = common.cosine(end_factor=end, **warmup)
+        elif name == "CosineAfterWarmupLR":
+            del warmup["warmup_method"]
+            node = common.cosine_after_warmup(end_factor=end, **warmup)
         elif name == "WarmupPolyLR":
             node = common.poly(power=solver.POLY_POWER, end_factor=end, **warmup)
         else:
-            known = ("WarmupMultiStepLR", "WarmupCosineLR", "WarmupPolyLR")
+            known = ("WarmupMultiStepLR", "WarmupCosineLR", "CosineAfterWarmupLR", "WarmupPolyLR")
             raise UserError(
                 f"SOLVER.LR_SCHEDULER_NAME = {name!r}, expected one of {', '.join(known)}"
                 + nearest(name, known)

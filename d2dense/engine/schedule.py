@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+import math
 from typing import Any
 
 import torch
 from detectron2.solver import WarmupParamScheduler as Warmup
 from fvcore.common.param_scheduler import ParamScheduler
 
-__all__ = ["LRSchedule", "PolyParamScheduler", "Warmup"]
+__all__ = ["CosineAfterWarmup", "LRSchedule", "PolyParamScheduler", "Warmup"]
 
 logger = logging.getLogger(__name__)
 
@@ -24,6 +25,26 @@ class PolyParamScheduler(ParamScheduler):
     def __call__(self, where: float) -> float:
         remaining = max(0.0, 1.0 - where)
         return self.end_factor + (1.0 - self.end_factor) * remaining**self.power
+
+
+class CosineAfterWarmup(ParamScheduler):
+    """A line from ``warmup_factor`` to 1 over the share ``warmup_length`` of the run, then half a
+    cosine over the rest, from 1 to ``end_factor``.
+    """
+
+    def __init__(
+        self, *, warmup_length: float, warmup_factor: float = 0.0, end_factor: float = 0.0
+    ):
+        self.warmup_length = warmup_length
+        self.warmup_factor = warmup_factor
+        self.end_factor = end_factor
+
+    def __call__(self, where: float) -> float:
+        if where < self.warmup_length:
+            done = where / self.warmup_length
+            return self.warmup_factor + (1.0 - self.warmup_factor) * done
+        done = (where - self.warmup_length) / max(1.0 - self.warmup_length, 1e-12)
+        return self.end_factor + (1.0 - self.end_factor) * (1 + math.cos(math.pi * done)) / 2
 
 
 class LRSchedule:

@@ -19,6 +19,7 @@ EVALUATORS = {
     "lvis": ("lvis", "LVISEvaluator"),
     "cityscapes_instance": ("cityscapes", "CityscapesInstanceEvaluator"),
     "cityscapes_sem_seg": ("cityscapes", "CityscapesSemSegEvaluator"),
+    "classification": ("classification", "ClassificationEvaluator"),
     "sem_seg": ("sem_seg", "SemSegEvaluator"),
 }
 
