@@ -23,6 +23,7 @@ __all__ = [
     "convert",
     "convert_back",
     "convert_with_report",
+    "recognise",
     "register_source",
     "sources",
 ]
@@ -58,8 +59,10 @@ class Correspondence:
 
 
 Source = Callable[[nn.Module, Collection[str]], Correspondence]
+Recogniser = Callable[[nn.Module, Collection[str]], bool]
 
 _SOURCES: dict[str, Source] = {}
+_RECOGNISERS: dict[str, Recogniser] = {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,11 +80,23 @@ class Conversion:
     missing: tuple[str, ...]
 
 
-def register_source(name: str, source: Source) -> None:
-    """Make ``source`` known as ``name``."""
+def register_source(name: str, source: Source, *, recognise: Recogniser | None = None) -> None:
+    """Make ``source`` known as ``name``.
+
+    Args:
+        recognise: whether a file with such names is of this source and ``model`` another kind of
+            model; initial weights are then converted without being asked for.
+    """
     if name in _SOURCES:
         raise ValueError(f"the source {name!r} is registered already")
     _SOURCES[name] = source
+    if recognise is not None:
+        _RECOGNISERS[name] = recognise
+
+
+def recognise(model: nn.Module, names: Collection[str]) -> str | None:
+    """Return the source that recognises a file with ``names`` as its own, for ``model``."""
+    return next((name for name, is_own in _RECOGNISERS.items() if is_own(model, names)), None)
 
 
 def sources() -> list[str]:

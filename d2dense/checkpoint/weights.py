@@ -14,7 +14,7 @@ from torch import nn
 
 from d2dense.errors import UserError
 
-from . import files
+from . import conversion, files
 
 __all__ = ["LoadReport", "load_weights"]
 
@@ -124,8 +124,8 @@ def load_weights(
             anything is loaded. To evaluate, :meth:`LoadReport.require_complete` is the check.
 
     Raises:
-        UserError: missing, damaged or refused file, a tensor of another shape, or not a single
-            tensor fits.
+        UserError: missing, damaged or refused file, a tensor of another shape, not a single
+            tensor fits, or a recognised file of another model that is of another variant.
     """
     content = files.read(path, allow_pickle=allow_pickle)
     weights = _tensors(content["model"], str(path))
@@ -142,6 +142,7 @@ def load_weights(
             ) from error
     if all(name.startswith("module.") for name in weights):
         weights = {name.removeprefix("module."): value for name, value in weights.items()}
+    weights = _as_own(weights, model, str(path))
 
     misshaped = tuple(
         (name, tuple(value.shape), tuple(own[name].shape))
@@ -168,6 +169,32 @@ def load_weights(
     model.load_state_dict(used, strict=False)
     report.log()
     return report
+
+
+def _as_own(
+    weights: Mapping[str, torch.Tensor], model: nn.Module, path: str
+) -> Mapping[str, torch.Tensor]:
+    """Return ``weights`` under the model's names where a source of checkpoints recognises the file
+    as another model's (a classifier's, say, whose trunk is the model's).
+    """
+    source = conversion.recognise(model, weights)
+    if source is None:
+        return weights
+    try:
+        found = conversion.convert_with_report(weights, source, model)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    logger.info(
+        "%s is of the kind %s: %d tensors are used, %d left behind (%s), and %d of the model start "
+        "afresh",
+        path,
+        source,
+        len(found.weights),
+        len(found.unused),
+        _shortened(found.unused, 2),
+        len(found.missing),
+    )
+    return found.weights
 
 
 def _share(model: nn.Module, used: set[str]) -> float:

@@ -190,7 +190,7 @@ def _build(
             f"{nearest(name, timm.list_models())}"
         )
     arguments = {**options, "features_only": True, "out_indices": tuple(out_indices)}
-    if "swin" in name:
+    if name.startswith("swin"):
         arguments["strict_img_size"] = False  # windows are padded
     state = None
     if weights:

@@ -83,6 +83,7 @@ class CEDNetTrunk(nn.Module):
 
         self.widths = (c2, *stage_widths)
         self.norm = family.norm
+        self.activation = family.activation
         self.layer_rule = layer_rule
         per_stage = 1 if layer_rule == "stage" else 2
         self.num_layers = 1 + per_stage * len(plans) if layer_count is None else layer_count
