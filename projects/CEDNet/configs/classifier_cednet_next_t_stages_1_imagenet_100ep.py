@@ -1,0 +1,11 @@
+"""CEDNet-NeXt-T in 100 epochs: one stage, all blocks before the first fusion (Tables 4 and 6)."""
+
+from .classifier_cednet_next_t_imagenet_100ep import (
+    dataloader,
+    lr_multiplier,
+    model,
+    optimizer,
+    train,
+)
+
+model.network.trunk.blocks = [[6, 9, 3]]
