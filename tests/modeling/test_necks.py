@@ -1,31 +1,36 @@
-"""BiFPN and NAS-FPN: hand-computed fusion, sizes, gradients, and the sizes of published models."""
+"""BiFPN, NAS-FPN and HRNet's pyramid: hand-computed fusion, sizes, gradients, and the sizes of
+published models.
+"""
 
 from __future__ import annotations
 
+import cv2
 import pytest
 import torch
 from detectron2.config import LazyCall as L
 from detectron2.config import instantiate
+from detectron2.layers import ShapeSpec
+from detectron2.modeling.backbone import Backbone
 from torch.utils.flop_counter import FlopCounterMode
 
 from d2dense.config import detectors
 from d2dense.errors import UserError
 from d2dense.modeling import TimmBackbone
-from d2dense.modeling.necks import NASFPN, BiFPN
+from d2dense.modeling.necks import HRFPN, NASFPN, BiFPN, PaddedFPN
 from d2dense.modeling.necks.bifpn import FusionNode
 from d2dense.modeling.necks.nas_fpn import _attend
 from d2dense.modeling.necks.pyramid import resize
 
-NECKS = {"bifpn": BiFPN, "nas_fpn": NASFPN}
+FUSING = {"bifpn": BiFPN, "nas_fpn": NASFPN}
+NECKS = {**FUSING, "hrfpn": HRFPN}
 every_neck = pytest.mark.parametrize("neck", NECKS.values(), ids=NECKS)
 
 
 def build(neck, **settings):
     torch.manual_seed(0)
-    bottom_up = TimmBackbone(
-        name="test_convnext", out_norm="LN", out_features=["res3", "res4", "res5"]
-    )
-    return neck(bottom_up=bottom_up, out_channels=16, **settings)
+    features = ["res3", "res4", "res5"]
+    bottom_up = TimmBackbone(name="test_convnext", out_norm="LN", out_features=features)
+    return neck(bottom_up=bottom_up, in_features=features, out_channels=16, **settings)
 
 
 @every_neck
@@ -50,7 +55,7 @@ def test_every_parameter_that_trains_gets_a_gradient(neck):
         assert not parameter.requires_grad or parameter.grad is not None, name
 
 
-@every_neck
+@pytest.mark.parametrize("neck", FUSING.values(), ids=FUSING)
 @torch.no_grad()
 def test_every_input_reaches_every_level(neck):
     pyramid = build(neck).eval()
@@ -105,15 +110,24 @@ def test_attention_weighs_channels_by_the_mean_of_the_other_map():
                 torch.testing.assert_close(got[0, c, y, x], expected)
 
 
-@pytest.mark.parametrize(
-    ("neck", "settings", "millions", "giga"),
-    [(NASFPN, {"num_stages": 3}, 47, 289), (BiFPN, {"num_layers": 7}, 39, 248)],
+CONVNEXT = L(TimmBackbone)(
+    name="convnext_tiny", out_features=["res3", "res4", "res5"], out_norm="LN"
 )
-def test_detectors_have_about_the_published_size(neck, settings, millions, giga):
+HRNET = L(TimmBackbone)(
+    name="hrnet_w32", out_indices=[1, 2, 3, 4], options={"feature_location": ""}
+)
+
+
+@pytest.mark.parametrize(
+    ("neck", "bottom_up", "settings", "millions", "giga"),
+    [
+        (NASFPN, CONVNEXT, {"num_stages": 3}, 47, 289),
+        (BiFPN, CONVNEXT, {"num_layers": 7}, 39, 248),
+        (HRFPN, HRNET, {}, 39, 320),
+    ],
+)
+def test_detectors_have_about_the_published_size(neck, bottom_up, settings, millions, giga):
     """Their code is not released: parameters as printed, multiply-adds within 3 %."""
-    bottom_up = L(TimmBackbone)(
-        name="convnext_tiny", out_features=["res3", "res4", "res5"], out_norm="LN"
-    )
     with torch.device("meta"):
         backbone = L(neck)(bottom_up=bottom_up, **settings)
         model = instantiate(detectors.retinanet(backbone=backbone)).eval()
@@ -122,6 +136,59 @@ def test_detectors_have_about_the_published_size(neck, settings, millions, giga)
             model.head(list(levels.values()))
     assert round(sum(p.numel() for p in model.parameters()) / 1e6) == millions
     assert counter.get_total_flops() / 2e9 == pytest.approx(giga, rel=0.03)
+
+
+class Maps(Backbone):
+    """Gives the maps it is asked for, whatever the image."""
+
+    def __init__(self, **maps):
+        super().__init__()
+        self.maps = maps
+
+    def forward(self, x):
+        return self.maps
+
+    def output_shape(self):
+        side = max(x.shape[-1] for x in self.maps.values())
+        return {
+            name: ShapeSpec(channels=x.shape[1], stride=4 * side // x.shape[-1])
+            for name, x in self.maps.items()
+        }
+
+
+@torch.no_grad()
+def test_hrnets_pyramid_pools_the_mixed_finest_map():
+    fine, coarse = torch.randn(1, 2, 8, 8), torch.randn(1, 3, 4, 4)
+    pyramid = HRFPN(
+        bottom_up=Maps(res2=fine, res3=coarse),
+        in_features=["res2", "res3"],
+        out_channels=5,
+        out_strides=[4, 16],
+    )
+    torch.nn.init.zeros_(pyramid.mix.bias)
+    for conv in pyramid.output:
+        torch.nn.init.dirac_(conv.weight)
+        torch.nn.init.zeros_(conv.bias)
+    large = cv2.resize(coarse[0].permute(1, 2, 0).numpy(), (8, 8))  # half-pixel bilinear
+    joined = torch.cat([fine[0], torch.from_numpy(large).permute(2, 0, 1)])
+    mixed = torch.einsum("oi,ihw->ohw", pyramid.mix.weight[:, :, 0, 0], joined)
+    got = pyramid(torch.zeros(1, 3, 32, 32))
+    assert list(got) == ["p2", "p4"]
+    torch.testing.assert_close(got["p2"][0], mixed, atol=1e-5, rtol=1e-5)
+    for y in range(2):
+        for x in range(2):
+            block = mixed[:, 4 * y : 4 * y + 4, 4 * x : 4 * x + 4].mean(dim=(1, 2))
+            torch.testing.assert_close(got["p4"][0, :, y, x], block, atol=1e-5, rtol=1e-5)
+    with pytest.raises(UserError, match=r"stride 4 to strides \[2, 4\]; expected multiples"):
+        HRFPN(bottom_up=pyramid.bottom_up, in_features=["res2"], out_strides=[2, 4])
+
+
+@pytest.mark.parametrize("neck", [*NECKS.values(), PaddedFPN])
+def test_batches_can_be_filled_up_to_larger_multiples(neck):
+    assert build(neck).size_divisibility == 32
+    assert build(neck, size_divisibility=128).size_divisibility == 128
+    with pytest.raises(UserError, match=r"is 48, but the coarsest map .* stride 32"):
+        build(neck, size_divisibility=48)
 
 
 def test_inputs_that_do_not_halve_are_named():

@@ -14,6 +14,7 @@ from d2dense import config
 from d2dense.engine.optim import param_groups
 from d2dense.errors import UserError
 from d2dense.modeling import TimmBackbone
+from d2dense.modeling.necks import HRFPN, NASFPN, BiFPN
 
 TINY = "test_convnext"  # 4 stages of 24 to 64 channels
 SWIN = "swin_tiny_patch4_window7_224"
@@ -207,6 +208,38 @@ def test_yaml_and_lazy_build_the_same(name, levels):
     theirs, ours = yaml.state_dict(), lazy.state_dict()
     assert theirs.keys() == ours.keys()
     assert all(torch.equal(theirs[key], ours[key]) for key in ours)
+
+
+@pytest.mark.parametrize(
+    ("name", "neck", "setting"),
+    [
+        ("bifpn", BiFPN, {"num_layers": 2}),
+        ("nas_fpn", NASFPN, {"num_stages": 2}),
+        ("hrfpn", HRFPN, {}),
+    ],
+)
+def test_yaml_builds_the_other_pyramids_too(name, neck, setting):
+    cfg = yaml_config(f"build_retinanet_timm_{name}_backbone")
+    cfg.MODEL.TIMM.OUT_FEATURES = ["res3", "res4", "res5"]
+    cfg.MODEL.FPN.NUM_REPEATS, cfg.MODEL.FPN.NORM = 2, "BN"
+    cfg.MODEL.FPN.SIZE_DIVISIBILITY = 64
+    torch.manual_seed(0)
+    yaml = build_backbone(cfg)
+    assert list(yaml.output_shape()) == ["p3", "p4", "p5", "p6", "p7"]
+    torch.manual_seed(0)
+    levels = ["res3", "res4", "res5"]
+    bottom_up = TimmBackbone(name=TINY, out_norm="LN", out_features=levels)
+    ours = neck(
+        bottom_up=bottom_up,
+        in_features=levels,
+        out_channels=16,
+        norm="BN",
+        size_divisibility=64,
+        **setting,
+    )
+    assert yaml.size_divisibility == ours.size_divisibility == 64
+    assert yaml.state_dict().keys() == ours.state_dict().keys()
+    assert all(torch.equal(p, q) for p, q in zip(yaml.parameters(), ours.parameters()))
 
 
 def test_constructor_defaults_are_the_yacs_defaults():
