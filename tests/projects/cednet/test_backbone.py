@@ -1,4 +1,4 @@
-"""The Detectron2 backbone: names, strides, any image size, TorchScript, compilation."""
+"""The Detectron2 backbone: names, strides, any image size, options, recomputation."""
 
 import pytest
 import torch
@@ -197,49 +197,7 @@ def test_lazy_nodes_build_it():
     assert list(instantiate(node).output_shape()) == ["p3", "p4"]
 
 
-# ------------------------------------------------ TorchScript, compilation, recomputation
-
-
-@pytest.mark.parametrize(
-    ("mixer", "features"),
-    [*((mixer, ALL_FEATURES) for mixer in MIXERS), ("next", tiny.RAW)],
-)
-@torch.no_grad()
-def test_scripted_equals_eager_at_other_sizes(mixer, features):
-    net = tiny.backbone(mixer, features)
-    scripted = torch.jit.script(net)
-    for shape in ((1, 3, 64, 64), (2, 3, 96, 33), (1, 3, 1, 50)):
-        x = tiny.images(*shape)
-        out = scripted(x)
-        assert all(tiny.close(out[k], v) for k, v in net(x).items())
-
-
-@pytest.mark.parametrize("style", STYLES)
-@torch.no_grad()
-def test_styles_can_be_scripted(style):
-    net = tiny.backbone(style=style)
-    x = tiny.images(1, 3, 64, 96)
-    out = torch.jit.script(net)(x)
-    assert all(tiny.close(out[k], v) for k, v in net(x).items())
-
-
-@pytest.mark.parametrize("mixer", MIXERS)
-@torch.no_grad()
-def test_traced_equals_eager_at_other_sizes(mixer):
-    net = tiny.backbone(mixer, ALL_FEATURES)
-    traced = torch.jit.trace(net, tiny.images(1, 3, 64, 64), strict=False, check_trace=False)
-    for shape in ((1, 3, 64, 64), (2, 3, 96, 33), (1, 3, 130, 50), (1, 3, 1, 50)):
-        x = tiny.images(*shape)
-        out = traced(x)
-        assert all(tiny.close(out[k], v) for k, v in net(x).items())
-
-
-@pytest.mark.parametrize("mixer", MIXERS)
-def test_one_graph_without_breaks(mixer):
-    net = tiny.backbone(mixer)
-    report = torch._dynamo.explain(net)(tiny.images(1, 3, 64, 64))
-    assert report.graph_count == 1
-    assert report.graph_break_count == 0
+# ------------------------------------------------ recomputation
 
 
 @pytest.mark.parametrize("mixer", MIXERS)

@@ -247,24 +247,6 @@ def test_classifier_scales_its_initial_weights():
     assert torch.equal(heads[1].conv.conv.weight, heads[0].conv.conv.weight)
 
 
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("how", ["script", "trace"])
-def test_classifier_in_torchscript_equals_eager_at_other_sizes(how, training):
-    trunk = tiny.trunk(drop_path=0.0)
-    heads = [StageClassifier(in_channels=64, num_classes=5) for _ in trunk.stages]
-    model = CEDNetClassifier(trunk=trunk, heads=heads).train(training)
-    if training and how == "trace":
-        pytest.skip("a trace is for evaluation")
-    example = tiny.images(1, 3, 64, 64)
-    exported = torch.jit.script(model) if how == "script" else torch.jit.trace(model, example)
-    for shape in ((2, 3, 64, 96), (1, 3, 33, 40)):
-        x = tiny.images(*shape)
-        with torch.no_grad():
-            ours, theirs = model(x), exported(x)
-        ours, theirs = (each if isinstance(each, list) else [each] for each in (ours, theirs))
-        assert all(tiny.close(b, a) for a, b in zip(ours, theirs))
-
-
 def test_defaults_are_the_papers_tiny_model():
     with torch.device("meta"):
         trunk = CEDNetTrunk()
