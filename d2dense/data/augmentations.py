@@ -29,6 +29,7 @@ __all__ = [
     "DETR_MIN_SIZES",
     "JitterAndCrop",
     "PhotometricDistortion",
+    "RandomApply",
     "RandomCropPad",
     "RandomFlip",
     "RandomScale",
@@ -95,7 +96,7 @@ def detr(
     crop = T.AugmentationList(
         [_resize(crop_min_sizes, None), T.RandomCrop("absolute_range", tuple(crop_range))]
     )
-    return [*_flips(flip), T.RandomApply(crop, prob=0.5), _resize(min_size, max_size)]
+    return [*_flips(flip), RandomApply(crop, prob=0.5), _resize(min_size, max_size)]
 
 
 def lsj(
@@ -245,6 +246,15 @@ class _HFlip(HFlipTransform):
         if image.dtype not in (np.uint8, np.float32):  # OpenCV knows few other types
             return super().apply_image(image)
         return cv2.flip(np.ascontiguousarray(image), 1).reshape(image.shape)
+
+
+class RandomApply(T.RandomApply):
+    """Detectron2's, with a text that says what it applies."""
+
+    def __repr__(self) -> str:
+        return f"RandomApply[{self.aug}, prob={self.prob}]"
+
+    __str__ = __repr__
 
 
 class ScaleJitter(T.Augmentation):
