@@ -1,0 +1,9 @@
+"""Deformable DETR on CEDNet-R50-T."""
+
+from .common.coco_detr import plain_adamw as _plain_adamw
+from .common.trunks import r50_t as _trunk
+from .deformable_detr_cednet_next_t import dataloader, lr_multiplier, model, train
+
+model.backbone.trunk = _trunk
+model.backbone.trunk.drop_path = 0.0
+optimizer = _plain_adamw()
