@@ -5,6 +5,7 @@
     tools/check_dataset.py --dataset coco_2017_val                  a registered dataset
     tools/check_dataset.py --json train.json --images images/       a COCO or LVIS json
     tools/check_dataset.py --images images/ --labels labels/ --classes names.txt
+    tools/check_dataset.py --kind image_folder --images train/      a folder per class
 
 Exit code 0: training can start; 1: there are errors, at which training would end or replace the
 sample, and evaluation would end; 2: the command is wrong.
@@ -28,7 +29,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = ToolParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config-file", help="config file or model-zoo name")
     parser.add_argument("--dataset", nargs="+", default=[], help="registered names")
-    parser.add_argument("--kind", default="", help="coco, lvis, cityscapes or sem_seg")
+    parser.add_argument(
+        "--kind", default="", help="coco, lvis, cityscapes, sem_seg or image_folder"
+    )
     parser.add_argument("--json", default="", help="annotation file")
     parser.add_argument("--images", default="", help="folder of the pictures")
     parser.add_argument("--labels", default="", help="folder of the label maps")

@@ -7,8 +7,8 @@
 Config overrides (KEY VALUE or key=value) go to the end, or follow --opts.
 
 Written to the output folder: every picture and video with its predictions drawn, label maps of
-semantic models as PNG (``labels/``), and ``predictions.json``. The exit code is 1 if an input could
-not be read; the others are done all the same.
+semantic models as PNG (``labels/``), and ``predictions.json``. A classifier's five best classes are
+printed, too. The exit code is 1 if an input could not be read; the others are done all the same.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from d2dense.inference import (
     CocoResults,
     Predictor,
     Source,
+    best_classes,
     class_indices,
     draw,
     expand,
@@ -136,6 +137,10 @@ class Demo:
 
     def _write_picture(self, source: Source, image: np.ndarray, output: dict) -> None:
         self.results.add(source.name, *image.shape[:2], output)
+        if "class_scores" in output:
+            found = best_classes(output["class_scores"], self.metadata)
+            classes = ", ".join(f"{name} {100 * score:.1f}%" for _, name, score in found)
+            tqdm.write(f"{source.name}: {classes}")
         if "sem_seg" in output:
             labels = output["sem_seg"].argmax(dim=0).numpy().astype(np.uint16)
             path = self.output / "labels" / f"{source.name}.png"

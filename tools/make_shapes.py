@@ -33,11 +33,33 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--objects", type=int, nargs=2, default=[1, 8], metavar=("MIN", "MAX"), help="per picture"
     )
+    parser.add_argument(
+        "--crops", action="store_true", help="also every object as a picture in a folder per class"
+    )
     parser.add_argument("--workers", type=int, default=1, help="processes; no change of the result")
     existing = parser.add_mutually_exclusive_group()
     existing.add_argument("--overwrite", action="store_true", help="replace splits that exist")
     existing.add_argument("--if-missing", action="store_true", help="keep splits that exist")
     return parser.parse_args(argv)
+
+
+def _generate(
+    args: argparse.Namespace, split: str, count: int, size: int | tuple[int, int]
+) -> None:
+    start = time.perf_counter()
+    shapes.generate(
+        output_dir=args.output,
+        split=split,
+        count=count,
+        size=size,
+        seed=args.seed,
+        objects=(args.objects[0], args.objects[1]),
+        workers=args.workers,
+        # an interrupted split, without its settings file, is made again
+        overwrite=args.overwrite or args.if_missing,
+    )
+    rate = count / (time.perf_counter() - start)
+    print(f"{args.output}: {count} pictures in split {split}, {rate:.0f} images/s")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -53,21 +75,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     for split, count in counts.items():
         if args.if_missing and Path(args.output, "annotations", f"settings_{split}.json").exists():
             print(f"{args.output}: split {split} is there")
-            continue
-        start = time.perf_counter()
-        shapes.generate(
-            output_dir=args.output,
-            split=split,
-            count=count,
-            size=size,
-            seed=args.seed,
-            objects=(args.objects[0], args.objects[1]),
-            workers=args.workers,
-            # an interrupted split, without its settings file, is made again
-            overwrite=args.overwrite or args.if_missing,
-        )
-        rate = count / (time.perf_counter() - start)
-        print(f"{args.output}: {count} pictures in split {split}, {rate:.0f} images/s")
+        else:
+            _generate(args, split, count, size)
+        if args.crops:
+            print(f"{shapes.ensure_crops(args.output, split)}: objects in a folder per class")
     return 0
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Write pictures of what the mapper feeds the model: boxes, masks or label maps after augmentation.
+"""Write pictures of what the mapper feeds the model: boxes, masks, label maps or classes.
 
 tools/visualize_data.py --config-file CONFIG [--num 20] [--output DIR] [overrides ...]
 tools/visualize_data.py --dataset shapes_train        the annotations, without augmentation
@@ -16,7 +16,7 @@ from typing import Any
 from detectron2.data import MetadataCatalog
 
 from d2dense import config
-from d2dense.data import datasets, mappers, visualize
+from d2dense.data import classification, datasets, mappers, visualize
 from d2dense.errors import ToolParser, UserError, run_tool
 
 
@@ -55,6 +55,10 @@ def from_dataset(args: argparse.Namespace) -> tuple[Iterator[dict[str, Any]], st
         objects = [a for record in records for a in record["annotations"]]
         masks = bool(objects) and all("segmentation" in a for a in objects if not a.get("iscrowd"))
         mapper = mappers.DetectionMapper(is_train=True, augmentations=[], use_instance_mask=masks)
+    elif "label" in records[0]:
+        mapper = classification.ClassificationMapper(
+            is_train=True, augmentations=[], image_format="BGR"
+        )
     else:
         mapper = mappers.SemanticMapper(is_train=True, augmentations=[])
     return map(mapper, records), args.dataset, "BGR"

@@ -203,7 +203,7 @@ def check_dataset(
     Raises:
         UserError: an unknown name, or its annotation file or folders do not exist.
     """
-    from . import check_coco, check_semantic  # they build on this module
+    from . import check_classification, check_coco, check_semantic  # they build on this module
 
     datasets.ensure(name)
     metadata = MetadataCatalog.get(name)
@@ -228,6 +228,8 @@ def check_dataset(
             **metadata.get("suffixes", {}),
             **options,
         )
+    if metadata.get("evaluator_type") == "classification":
+        return check_classification.check_class_folders(name, **options)
     return _check_records(name, **options)
 
 

@@ -18,7 +18,8 @@ __all__ = ["draw_sample", "write_sample"]
 def draw_sample(
     sample: dict[str, Any], metadata: Metadata, *, image_format: str = "BGR", scale: float = 1.0
 ) -> np.ndarray:
-    """Draw boxes with class names, masks and label maps over the mapped image.
+    """Draw boxes with class names, masks, label maps and the class of the whole picture over the
+    mapped image.
 
     Args:
         sample: what a mapper returned.
@@ -37,6 +38,14 @@ def draw_sample(
     canvas = Visualizer(rgb, metadata=palette, scale=scale, instance_mode=ColorMode.IMAGE)
     if "sem_seg" in sample:
         canvas.draw_sem_seg(sample["sem_seg"], area_threshold=0, alpha=0.5)
+    if "label" in sample:
+        names = metadata.get("image_class_titles") or metadata.get("image_classes") or []
+        label = sample["label"]
+        canvas.draw_text(
+            names[label] if label < len(names) else str(label),
+            (2, 2),
+            horizontal_alignment="left",
+        )
     if "instances" in sample:
         instances = sample["instances"]
         classes = instances.gt_classes.tolist()

@@ -2,7 +2,7 @@
 
 from .coco_json import CocoResults, to_coco
 from .predictor import Predictor
-from .selection import class_indices, select
+from .selection import best_classes, class_indices, select
 from .sources import Source, expand, frames
 from .visualize import draw
 
@@ -10,6 +10,7 @@ __all__ = [
     "CocoResults",
     "Predictor",
     "Source",
+    "best_classes",
     "class_indices",
     "draw",
     "expand",

@@ -12,7 +12,7 @@ from detectron2.data.catalog import Metadata
 
 from d2dense.evaluation.detections import detections
 
-from .selection import class_name, class_names
+from .selection import best_classes, class_name, class_names
 
 __all__ = ["CocoResults", "to_coco"]
 
@@ -34,11 +34,18 @@ class CocoResults:
         self.annotations: list[dict[str, Any]] = []
 
     def add(self, file_name: str, height: int, width: int, output: dict[str, Any]) -> None:
-        """Add a picture with the model's output for it (without ``instances``: no annotation)."""
+        """Add a picture with the model's output for it (without ``instances``: no annotation). The
+        best classes of a whole picture are kept beside its name, as ``classes``.
+        """
         image_id = len(self.images) + 1
         self.images.append(
             {"id": image_id, "file_name": file_name, "height": height, "width": width}
         )
+        if "class_scores" in output:
+            self.images[-1]["classes"] = [
+                {"class": k, "name": name, "score": score}
+                for k, name, score in best_classes(output["class_scores"], self._metadata)
+            ]
         if "instances" not in output:
             return
         for found in detections(output["instances"].to("cpu")):

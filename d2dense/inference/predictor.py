@@ -90,7 +90,8 @@ class Predictor:
 
         Returns:
             Detectron2's output dict (``instances``, ``sem_seg``, ``panoptic_seg``) at the picture's
-            own size, on the model's device; a list of them for a list.
+            own size, or a classifier's ``class_scores`` (K,), on the model's device; a list of them
+            for a list.
 
         Raises:
             UserError: a file that cannot be read, or an array of another kind.
@@ -165,7 +166,7 @@ def _metadata(names: Sequence[str]) -> Metadata:
     """Return the catalog entry of the first data set with class names, or an empty one."""
     for name in names:
         metadata = MetadataCatalog.get(name)
-        if metadata.get("thing_classes") or metadata.get("stuff_classes"):
+        if any(metadata.get(f"{kind}_classes") for kind in ("thing", "stuff", "image")):
             return metadata
     return Metadata(name="unknown")
 

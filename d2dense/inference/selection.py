@@ -10,12 +10,15 @@ from detectron2.data.catalog import Metadata
 
 from d2dense.errors import UserError, nearest
 
-__all__ = ["class_indices", "class_name", "class_names", "select"]
+__all__ = ["best_classes", "class_indices", "class_name", "class_names", "select"]
 
 
 def class_names(metadata: Metadata, kind: str) -> list[str]:
-    """Return the names of ``"thing"`` or ``"stuff"`` classes; an empty list where unknown."""
-    return list(metadata.get(f"{kind}_classes") or [])
+    """Return the names of ``"thing"``, ``"stuff"`` or ``"image"`` classes (for people, where the
+    data set has such); an empty list where unknown.
+    """
+    titles = metadata.get("image_class_titles") if kind == "image" else None
+    return list(titles or metadata.get(f"{kind}_classes") or [])
 
 
 def class_name(metadata: Metadata, index: int, kind: str) -> str:
@@ -44,6 +47,21 @@ def class_indices(names: Sequence[str], metadata: Metadata) -> dict[str, set[int
     return {kind: {known[kind].index(n) for n in names if n in known[kind]} for kind in known}
 
 
+def best_classes(
+    scores: torch.Tensor, metadata: Metadata, *, count: int = 5
+) -> list[tuple[int, str, float]]:
+    """Return (class, name, score) of the best classes of a whole image, best first.
+
+    Args:
+        scores: (K,), the output ``class_scores`` of an image classifier.
+    """
+    best = scores.float().cpu().topk(min(count, len(scores)))
+    return [
+        (k, class_name(metadata, k, "image"), score)
+        for k, score in zip(best.indices.tolist(), best.values.tolist())
+    ]
+
+
 def select(
     output: dict[str, Any],
     *,
@@ -57,7 +75,7 @@ def select(
         output: what a model returns for one picture.
         score_threshold: least score of an instance (or of a scored panoptic segment).
         classes: what :func:`class_indices` returns; None keeps all classes. Label maps
-            (``sem_seg``) pass whole.
+            (``sem_seg``) and scores of a whole image (``class_scores``) pass whole.
         top_k: largest number of instances, the best ones; None keeps all.
     """
     chosen = dict(output)
@@ -70,6 +88,8 @@ def select(
         instances = instances[keep]
         order = torch.argsort(instances.scores, descending=True, stable=True)
         chosen["instances"] = instances[order[:top_k]]
+    if "class_scores" in output:
+        chosen["class_scores"] = output["class_scores"].cpu()
     if "sem_seg" in output:
         chosen["sem_seg"] = output["sem_seg"].cpu()
     if "panoptic_seg" in output:

@@ -12,7 +12,7 @@ import torch
 from detectron2.data.catalog import Metadata
 from detectron2.structures import Instances
 
-from .selection import class_name
+from .selection import best_classes, class_name
 
 __all__ = ["class_colour", "draw"]
 
@@ -27,7 +27,8 @@ def draw(
     alpha: float = 0.5,
     labels: bool = True,
 ) -> np.ndarray:
-    """Draw label maps, panoptic segments, and instances with masks, boxes, names and scores.
+    """Draw label maps, panoptic segments, instances with masks, boxes, names and scores, and the
+    best classes of the whole picture.
 
     Args:
         image: BGR uint8 (H, W, 3); not changed.
@@ -47,6 +48,8 @@ def draw(
     # A panoptic map shows its instances already.
     if "instances" in output and "panoptic_seg" not in output:
         _draw_instances(canvas, output["instances"].to("cpu"), metadata, alpha, labels)
+    if "class_scores" in output and labels:
+        _write_classes(canvas, output["class_scores"], metadata)
     return canvas
 
 
@@ -166,6 +169,18 @@ def _thickness(canvas: np.ndarray) -> int:
 
 def _font_scale(canvas: np.ndarray) -> float:
     return max(0.33, max(canvas.shape[:2]) / 1600)
+
+
+def _write_classes(canvas: np.ndarray, scores: torch.Tensor, metadata: Metadata) -> None:
+    """List the best classes in the upper left corner, as many as there is room for."""
+    font = cv2.FONT_HERSHEY_SIMPLEX
+    for line, (k, name, score) in enumerate(best_classes(scores, metadata), start=1):
+        text = f"{name} {100 * score:.0f}%"
+        (_, height), base = cv2.getTextSize(text, font, _font_scale(canvas), 1)
+        bottom = line * (height + base + 3)
+        if bottom > canvas.shape[0] and line > 1:
+            return
+        _write(canvas, text, (0, bottom), class_colour(metadata, k))
 
 
 def _write(canvas: np.ndarray, text: str, corner: tuple[int, int], colour: Colour) -> None:

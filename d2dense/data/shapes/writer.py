@@ -223,6 +223,7 @@ def _prepare_folders(job: _Job, overwrite: bool) -> None:
         )
     for file in files:  # the settings first: without them the split counts as incomplete
         file.unlink(missing_ok=True)
+    shutil.rmtree(job.root / "objects" / job.split, ignore_errors=True)  # cut out of the old ones
     for folder in folders:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
