@@ -137,10 +137,14 @@ def records_of(dataset: str, image_ids: Sequence[str]) -> Records:
     """
     records = annotated_records(dataset)
     places = {str(image_key(record)): index for index, record in enumerate(records)}
-    unknown = [each for each in image_ids if each not in places]
-    if unknown or not image_ids:
-        missing = f"image {unknown[0]}" if unknown else "no image"
-        raise UserError(f"{missing} of the ranking is among those with objects in {dataset}")
+    if not image_ids:
+        raise UserError("the ranking names no image; keep more of them")
+    for each in image_ids:
+        if each not in places:
+            raise UserError(
+                f"image {each} of the ranking is not among those with objects in {dataset}; rank "
+                "the images of the same data set"
+            )
     return records.select(np.array([places[each] for each in image_ids]))
 
 

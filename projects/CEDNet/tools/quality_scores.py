@@ -14,6 +14,7 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from d2dense import projects
 from d2dense.analyses import command, quality
@@ -67,7 +68,7 @@ def from_files(args: argparse.Namespace):
     everything = loaders.get_dataset_dicts(names=dataset, filter_empty=False)
     ids = [image_key(record) for record in everything]
     names = command.per_config(args.name, "--name", args.predictions)
-    names = [name or file for name, file in zip(names, args.predictions)]
+    names = [name or Path(file).stem for name, file in zip(names, args.predictions)]
     if names[0] == names[1]:
         names = [f"{name} {k}" for k, name in enumerate(names, start=1)]
     found = {

@@ -1,0 +1,87 @@
+"""What the analyses feed a detector."""
+
+import json
+
+import pytest
+import torch
+
+from d2dense import model_zoo
+from d2dense.analyses.detectors import annotated_records, open_detector, records_of
+from d2dense.analyses.quality import Objects
+from d2dense.data import datasets, shapes
+from d2dense.errors import UserError
+
+CEDNET = "CEDNet/retinanet_cednet_tiny_shapes"
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    """Five pictures of 96 x 96; the first has one object and one crowd, the second a crowd only,
+    the third nothing.
+    """
+    root = tmp_path_factory.mktemp("shapes")
+    shapes.generate(output_dir=root, split="val", count=5, size=96, seed=0)
+    path = root / "annotations" / "instances_val.json"
+    content = json.loads(path.read_text())
+    ids = [image["id"] for image in content["images"]]
+    template = content["annotations"][0]
+    kept = [a for a in content["annotations"] if a["image_id"] in ids[3:]]
+    for number, (image, crowd) in enumerate([(0, 0), (0, 1), (1, 1)]):
+        box = {"bbox": [10 + number, 20, 30, 40], "iscrowd": crowd, "segmentation": []}
+        kept.append({**template, **box, "id": 10_000 + number, "image_id": ids[image]})
+    path.write_text(json.dumps(content | {"annotations": kept}))
+    slot = {"detectors": {"json": str(path), "images": str(root / "images" / "val")}}
+    return datasets.register_custom(slot)["detectors"]
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    path = tmp_path_factory.mktemp("weights") / "model.pth"
+    torch.save({"model": model_zoo.get_model(CEDNET).state_dict()}, path)
+    return path
+
+
+def test_images_with_objects_only(dataset):
+    records = annotated_records(dataset)
+    assert len(records) == 3
+    assert Objects.of(records[0]).boxes.tolist() == [[10, 20, 40, 60]]
+    assert len(annotated_records(dataset, 2)) == 2
+    assert len(annotated_records(dataset, 99)) == 3
+
+
+def test_images_by_their_ids(dataset):
+    ids = [str(record["image_id"]) for record in annotated_records(dataset)]
+    chosen = records_of(dataset, [ids[2], ids[0]])
+    assert [str(record["image_id"]) for record in chosen] == [ids[2], ids[0]]
+    with pytest.raises(UserError, match="image 999 of the ranking is not among those with objects"):
+        records_of(dataset, [ids[0], "999"])
+    with pytest.raises(UserError, match="the ranking names no image"):
+        records_of(dataset, [])
+
+
+@pytest.mark.parametrize("kind", ["lazy", "yaml"])
+def test_labelled_images_are_those_of_tests(dataset, weights, kind):
+    path = model_zoo.get_config_file(CEDNET, kind)
+    detector = open_detector(path, weights=weights, device="cpu", dataset=dataset)
+    assert detector.name == "retinanet_cednet_tiny_shapes"
+    assert not detector.model.training
+    records = annotated_records(dataset, 2)
+    tested = [batch[0] for batch in detector.test_images(records)]
+    labelled = list(detector.labelled_images(records))
+    assert tested[0]["image"].shape == (3, 160, 160)
+    for a, b in zip(tested, labelled, strict=True):
+        assert torch.equal(a["image"], b["image"])
+    scaled = torch.tensor([[10.0, 20.0, 40.0, 60.0]]) * 160 / 96  # without the crowd
+    torch.testing.assert_close(labelled[0]["instances"].gt_boxes.tensor, scaled)
+
+
+def test_what_cannot_be_analysed(dataset, weights):
+    yaml = model_zoo.get_config_file(CEDNET, "yaml")
+    options = {"weights": weights, "device": "cpu"}
+    with pytest.raises(UserError, match="reads its test set by SemanticMapper"):
+        open_detector(yaml, dataset=dataset, overrides=["INPUT.MAPPER", "semantic"], **options)
+    two = ["DATASETS.TEST", f"['{dataset}', '{dataset}']"]
+    with pytest.raises(UserError, match="choose one with --dataset"):
+        open_detector(yaml, overrides=two, **options)
+    with pytest.raises(UserError, match="trained weights are needed"):
+        open_detector(yaml, weights=None, device="cpu", dataset=dataset)
