@@ -6,29 +6,16 @@ import math
 
 import pytest
 import torch
-from detectron2.config import LazyCall as L
-from detectron2.config import instantiate
 from detectron2.structures import Boxes, Instances
 
 from cednet import official
 from d2dense.checkpoint import convert
-from d2dense.config import detectors
 from tests.projects.cednet import golden, tiny
 from tests.projects.cednet.mmdetection import STDS, Heads, cell_anchors, decode
 
 K = 3
 SIZE = (96, 128)
 OCTAVES = [4 * 2 ** (i / 3) for i in range(3)]
-
-
-def detector(kind, **changes):
-    """A small one of ours."""
-    features = tiny.RETINA if kind == "retinanet" else tiny.TWO_STAGE
-    options = {"num_classes": K, "channels": 16}
-    node = getattr(detectors, kind)(backbone=L(tiny.backbone)(features=features), **options)
-    for key, value in changes.items():
-        node[key] = value
-    return instantiate(node).eval()
 
 
 def with_weights(model, weights):
@@ -72,7 +59,7 @@ def assert_equal(found: Instances, scores, classes, boxes):
 
 @torch.no_grad()
 def test_retinanet_finds_what_mmdetection_finds():
-    model = detector("retinanet")
+    model = tiny.detector("retinanet")
     weights = filled(model)
     images, features = features_of(with_weights(model, weights))
     levels = [features[name] for name in tiny.RETINA]
@@ -84,7 +71,7 @@ def test_retinanet_finds_what_mmdetection_finds():
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["faster_rcnn", "mask_rcnn", "cascade_mask_rcnn"])
 def test_two_stage_detectors_find_what_mmdetection_finds(kind):
-    model = detector(kind)
+    model = tiny.detector(kind)
     weights = filled(model)
     for name, value in weights.items():  # regions differ more, so that every class wins somewhere
         if name.endswith(("fc_cls.weight", "fc_reg.weight", "conv_logits.weight")):
@@ -130,7 +117,7 @@ def moved(box, deltas):
 
 @pytest.fixture(scope="module")
 def retinanet():
-    return detector("retinanet")
+    return tiny.detector("retinanet")
 
 
 @torch.no_grad()
@@ -180,7 +167,7 @@ def test_anchors_of_ours_in_their_order(retinanet):
 @torch.no_grad()
 @pytest.mark.parametrize("anchor", range(3))
 def test_channels_of_one_anchor_of_the_rpn(anchor):
-    model = detector("faster_rcnn")
+    model = tiny.detector("faster_rcnn")
     weights = zeroed(model)
     weights["rpn_head.rpn_cls.bias"][anchor] = 5
     weights["rpn_head.rpn_reg.bias"][4 * anchor : 4 * anchor + 4] = DELTAS
@@ -204,7 +191,7 @@ def given(boxes):
 @torch.no_grad()
 @pytest.mark.parametrize("label", range(K))
 def test_deltas_and_masks_of_one_class(label):
-    model = detector("mask_rcnn")
+    model = tiny.detector("mask_rcnn")
     weights = zeroed(model)
     weights["roi_head.bbox_head.fc_cls.bias"][label] = 4
     weights["roi_head.bbox_head.fc_reg.bias"][4 * label : 4 * label + 4] = DELTAS
@@ -224,7 +211,7 @@ def test_stages_of_the_cascade():
     """Boxes go through all stages by the class of each; logits and mask probabilities are averaged,
     the former before the softmax, the latter after the sigmoid.
     """
-    model = detector("cascade_mask_rcnn")
+    model = tiny.detector("cascade_mask_rcnn")
     weights = zeroed(model)
     logits = torch.tensor([[3.0, 0, 0, 0], [0, 0, 6.0, 0], [0, 2.0, 3.0, 0]])
     masks = (-3.0, 1.0, 5.0)
@@ -251,7 +238,7 @@ def test_stages_of_the_cascade():
 
 def test_boxes_grow_by_the_same_limit():
     boxes, deltas = torch.tensor([[10.0, 10.0, 14.0, 18.0]]), torch.tensor([[0.0, 0.0, 9.0, 9.0]])
-    model = detector("retinanet")
+    model = tiny.detector("retinanet")
     ours = model.box2box_transform.apply_deltas(deltas, boxes)
     assert (ours[0, 2] - ours[0, 0]).item() == pytest.approx(4 * 1000 / 16, rel=1e-5)
     assert torch.allclose(ours, decode(boxes, deltas))

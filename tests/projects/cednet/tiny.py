@@ -1,9 +1,12 @@
 """CEDNets that are small enough to run many times."""
 
 import torch
+from detectron2.config import LazyCall as L
+from detectron2.config import instantiate
 
 from cednet import CEDNet, CEDNetTrunk
 from cednet.blocks import BottleneckFamily, CSwinFamily, NextFamily, SwinFamily
+from d2dense.config import detectors
 
 FAMILIES = {
     "next": NextFamily(layer_scale=1.0),
@@ -25,6 +28,14 @@ def trunk(mixer="next", **options) -> CEDNetTrunk:
 def backbone(mixer="next", features=RETINA, **options) -> CEDNet:
     net = trunk(mixer, **options)
     return CEDNet(trunk=net, out_features=features, out_channels=16).eval()
+
+
+def detector(kind, **options):
+    """One of :mod:`d2dense.config.detectors`, for three classes."""
+    features = RETINA if kind == "retinanet" else TWO_STAGE
+    node = getattr(detectors, kind)
+    options = {"num_classes": 3, "channels": 16, **options}
+    return instantiate(node(backbone=L(backbone)(features=features), **options)).eval()
 
 
 def images(*shape: int) -> torch.Tensor:
