@@ -1,4 +1,4 @@
-"""A small CEDNet that learns the classes of the generated objects in a minute on a CPU."""
+"""A small CEDNet that learns the classes of the generated objects in minutes on a CPU."""
 
 from detectron2.config import LazyCall as L
 
