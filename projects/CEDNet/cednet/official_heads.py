@@ -125,11 +125,15 @@ def layouts(module: nn.Module) -> dict[str, Layout]:
 
 
 def _to_ours(value: Tensor, generator: DefaultAnchorGenerator) -> Tensor:
-    return _reordered(value, generator, lambda order: sorted(range(len(order)), key=order.index))
+    return _reordered(value, generator, _inverse)
 
 
 def _to_theirs(value: Tensor, generator: DefaultAnchorGenerator) -> Tensor:
     return _reordered(value, generator, list)
+
+
+def _inverse(order: tuple[int, ...]) -> list[int]:
+    return [order.index(i) for i in range(len(order))]
 
 
 def _reordered(

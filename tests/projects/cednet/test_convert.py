@@ -5,9 +5,9 @@ import torch
 from detectron2.modeling import build_model as build
 
 from cednet import CEDNetClassifier, StageClassifier
-from d2dense import checkpoint, config
+from d2dense import checkpoint, config, model_zoo
 from d2dense.errors import UserError, run_tool
-from tests.projects.cednet import tiny
+from tests.projects.cednet import golden, tiny
 from tools import convert_checkpoint
 
 CONFIG = """
@@ -132,3 +132,123 @@ def test_a_detectors_file_fills_a_bare_backbone():
     report = checkpoint.convert_with_report(file, "cednet", tiny.backbone())
     assert report.missing == ()
     assert report.unused == ("bbox_head.retina_cls.weight",)
+
+
+# ------------------------------------------------ whole detectors
+
+DETECTORS = ["retinanet", "faster_rcnn", "mask_rcnn", "cascade_mask_rcnn"]
+# (detector, what its override sets, tensors of its file that follow the number of classes)
+CLASS_COUNTS = [
+    ("retinanet", "model.num_classes=3", ["retina_cls.weight", "retina_cls.bias"]),
+    ("mask_rcnn", "model.roi_heads.num_classes=3", ["fc_cls.weight", "fc_reg.weight"]),
+    ("cascade_mask_rcnn", "model.roi_heads.num_classes=3", ["bbox_head.0.fc_cls.weight"]),
+]
+
+
+def zoo(detector):
+    return f"CEDNet/{detector}_cednet_tiny_shapes"
+
+
+@pytest.fixture
+def official_file(tmp_path):
+    """Makes a whole detector of the zoo, and its file as MMDetection writes it."""
+
+    def make(detector, kind="lazy"):
+        model = config.build_model(model_zoo.get_config(zoo(detector), kind), device="cpu")
+        path = tmp_path / f"{detector}.pth"
+        weights = {f"module.{k}": v for k, v in checkpoint.convert_back(model, "cednet").items()}
+        torch.save({"meta": {"epoch": 36, "CLASSES": ("a", "b")}, "state_dict": weights}, path)
+        return model, path
+
+    return make
+
+
+def run_converter(*argv):
+    return run_tool(lambda: convert_checkpoint.main(["--source", "cednet", *map(str, argv)]))
+
+
+@pytest.mark.parametrize("kind", ["lazy", "yaml"])
+@pytest.mark.parametrize("detector", [name for name in DETECTORS if name != "faster_rcnn"])
+def test_whole_detectors_come_back_complete(detector, kind, official_file, tmp_path, capsys):
+    model, path = official_file(detector, kind)
+    file = model_zoo.get_config_file(zoo(detector), kind)
+    output = tmp_path / "ours.pth"
+    assert run_converter("--config-file", file, path, output) == 0
+    said = capsys.readouterr().out
+    expected = model.state_dict()
+    assert f"{len(expected)} tensors used" in said
+    assert "0 tensors in the file, not in the model" in said
+    assert "0 tensors in the model, not in the file" in said
+    fresh = config.build_model(config.load(str(file)), device="cpu")
+    report = checkpoint.load_weights(fresh, str(output))
+    report.require_complete()
+    assert report.share == 1
+    assert not report.unexpected
+    found = fresh.state_dict()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+@pytest.mark.parametrize("detector", DETECTORS)
+def test_official_names_of_heads_are_all_there(detector):
+    """What the official files hold, by kind, at another size."""
+    names = checkpoint.convert_back(tiny.detector(detector), "cednet").keys()
+    heads = {name for name in names if not name.startswith("backbone.")}
+    variant = "mask_rcnn" if detector == "faster_rcnn" else detector
+    tensors = golden.variants().get(f"full_{variant}_next_tiny")
+    if tensors is None:
+        pytest.skip("no official names here")
+    expected = {name for name, *_ in tensors if not name.startswith("backbone.")}
+    if detector == "faster_rcnn":
+        expected = {name for name in expected if ".mask_head." not in name}
+    assert heads == expected
+
+
+@pytest.mark.parametrize(("detector", "override", "named"), CLASS_COUNTS)
+def test_another_number_of_classes_is_one_line_with_the_key(
+    detector, override, named, official_file, tmp_path, capsys
+):
+    _, path = official_file(detector)
+    output = tmp_path / "ours.pth"
+    assert run_converter("--config-file", zoo(detector), path, output, override) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert all(name in said for name in named)
+    assert (
+        f"set MODEL.{'RETINANET' if detector == 'retinanet' else 'ROI_HEADS'}.NUM_CLASSES" in said
+    )
+    assert override.split("=")[0] in said
+    assert not output.exists()
+
+
+def test_other_differences_than_the_classes_do_not_point_at_their_number(
+    official_file, tmp_path, capsys
+):
+    _, path = official_file("retinanet")
+    sizes = "model.anchor_generator.sizes=[[8],[16],[32],[64],[128]]"
+    overrides = (sizes, "model.head.num_anchors=3")
+    assert run_converter("--config-file", zoo("retinanet"), path, tmp_path / "o", *overrides) == 2
+    said = capsys.readouterr().err
+    assert "retina_reg" in said
+    assert "use the config of the model that the file belongs to" in said
+
+
+def test_a_classifiers_file_fills_only_the_trunk_of_a_two_stage_detector(tmp_path, capsys):
+    source = classifier()
+    file = tmp_path / "classifier.pth"
+    torch.save({"model": checkpoint.convert_back(source, "cednet")}, file)
+    model = tiny.detector("cascade_mask_rcnn")
+    weights = checkpoint.read(file)["model"]
+    report = checkpoint.convert_with_report(weights, "cednet", model)
+    assert all(name.startswith("backbone.trunk.") for name in report.weights)
+    fresh = {name.split(".")[0] for name in report.missing}
+    assert fresh == {"backbone", "proposal_generator", "roi_heads"}
+    assert not any(name.startswith("backbone.trunk.") for name in report.missing)
+
+
+def test_anchors_in_different_orders_are_refused():
+    model = tiny.detector("retinanet")
+    cells = list(model.anchor_generator.cell_anchors)
+    cells[1].copy_(cells[1].flip(0))
+    weights = checkpoint.convert_back(tiny.detector("retinanet"), "cednet")
+    with pytest.raises(UserError, match="different orders"):
+        checkpoint.convert(weights, "cednet", model)

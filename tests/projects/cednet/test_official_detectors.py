@@ -148,20 +148,24 @@ def test_channels_of_one_anchor_of_retinanet(retinanet, number, ratio, scale):
         assert any(fits), box
 
 
-def test_anchors_of_ours_in_their_order(retinanet):
-    """The permutation itself, from the anchors of both."""
-    ours = next(iter(retinanet.anchor_generator.cell_anchors))
-    theirs = torch.tensor(cell_anchors(8, OCTAVES))
-    numbers = torch.arange(9.0)
-    weights = zeroed(retinanet)
+@pytest.mark.parametrize("scales", [OCTAVES, [2.0, 3.0], [3.0, 2.0]])
+def test_anchors_of_ours_in_their_order(scales):
+    """The permutation itself, from the anchors of both; of two scales it is not its own inverse."""
+    model = tiny.detector("retinanet", scales=scales)
+    ours = next(iter(model.anchor_generator.cell_anchors))
+    theirs = torch.tensor(cell_anchors(8, sorted(scales)))
+    numbers = torch.arange(float(len(theirs)))
+    weights = zeroed(model)
     weights["bbox_head.retina_cls.bias"] = numbers.repeat_interleave(K)
     weights["bbox_head.retina_reg.bias"] = numbers.repeat_interleave(4)
-    head = with_weights(retinanet, weights).head
+    head = with_weights(model, weights).head
     for bias, count in ((head.cls_score.bias, K), (head.bbox_pred.bias, 4)):
-        order = bias.detach().view(9, count)
+        order = bias.detach().view(-1, count)
         assert (order == order[:, :1]).all()
         assert torch.allclose(ours, theirs[order[:, 0].long()], atol=1e-4)
     assert not torch.equal(order[:, 0], numbers)
+    back = official.state_dict(model)
+    assert all(torch.equal(back[name], value) for name, value in weights.items())
 
 
 @torch.no_grad()

@@ -30,12 +30,19 @@ def backbone(mixer="next", features=RETINA, **options) -> CEDNet:
     return CEDNet(trunk=net, out_features=features, out_channels=16).eval()
 
 
-def detector(kind, **options):
-    """One of :mod:`d2dense.config.detectors`, for three classes."""
+def detector(kind, scales=None):
+    """One of :mod:`d2dense.config.detectors`, for three classes; ``scales`` are those of
+    RetinaNet's anchors, in strides.
+    """
     features = RETINA if kind == "retinanet" else TWO_STAGE
-    node = getattr(detectors, kind)
-    options = {"num_classes": 3, "channels": 16, **options}
-    return instantiate(node(backbone=L(backbone)(features=features), **options)).eval()
+    node = getattr(detectors, kind)(
+        backbone=L(backbone)(features=features), num_classes=3, channels=16
+    )
+    if scales is not None:
+        strides = node.anchor_generator.strides
+        node.anchor_generator.sizes = [[scale * stride for scale in scales] for stride in strides]
+        node.head.num_anchors = 3 * len(scales)
+    return instantiate(node).eval()
 
 
 def images(*shape: int) -> torch.Tensor:
