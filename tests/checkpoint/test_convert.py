@@ -29,6 +29,7 @@ def correspondence(model, names):
         constants={"table": torch.arange(3)},
         unused=r"teacher\.",
         fresh=r"second\.",
+        class_keys={r"body\.1\.": "MODEL.NUM_CLASSES"},
         # their rows are the other way round
         layouts={"first.weight": (lambda v: v.flip(0), lambda v: v.flip(0))},
     )
@@ -36,6 +37,7 @@ def correspondence(model, names):
 
 @pytest.fixture
 def source(monkeypatch):
+    checkpoint.sources()  # projects register theirs once
     monkeypatch.setattr(conversion, "_SOURCES", dict(conversion._SOURCES))
     checkpoint.register_source("other", correspondence)
     return "other"
@@ -96,6 +98,23 @@ def test_unexpected_gaps_and_shapes_are_errors(source, change, words):
     change(file)
     with pytest.raises(UserError, match=words):
         checkpoint.convert(file, source, model)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "words"),
+    [
+        ({"body.1.weight": (5, 3), "body.1.bias": (5,)}, "set MODEL.NUM_CLASSES to the file's"),
+        ({"body.1.bias": (5,), "body.0.bias": (4,)}, "use the config of the model"),
+    ],
+)
+def test_every_other_shape_is_named_with_what_to_change(source, shapes, words):
+    file = theirs(Model()) | {name: torch.zeros(shape) for name, shape in shapes.items()}
+    with pytest.raises(UserError, match=words) as error:
+        checkpoint.convert(file, source, Model())
+    assert all(
+        f"{name} has shape {shape} in the file" in str(error.value)
+        for name, shape in shapes.items()
+    )
 
 
 def test_prefix_of_training_on_several_devices_and_batch_counts_do_not_matter(source):
