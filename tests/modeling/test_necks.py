@@ -80,11 +80,12 @@ def test_a_node_is_a_mean_with_weights_that_are_never_negative():
     torch.testing.assert_close(node(list(x)), expected)
 
 
+@pytest.mark.parametrize("seen", [(64, 96), (32, 32)])  # in the small one coarse levels are equal
 @every_neck
 @torch.no_grad()
-def test_traced_pyramids_equal_eager_at_other_sizes(neck):
+def test_traced_pyramids_equal_eager_at_other_sizes(neck, seen):
     pyramid = build(neck).eval()
-    traced = torch.jit.trace(pyramid, torch.randn(1, 3, 64, 96), strict=False, check_trace=False)
+    traced = torch.jit.trace(pyramid, torch.randn(1, 3, *seen), strict=False, check_trace=False)
     for size in ((96, 64), (160, 128), (32, 64)):
         x = torch.randn(2, 3, *size)
         for name, level in pyramid(x).items():
@@ -93,10 +94,10 @@ def test_traced_pyramids_equal_eager_at_other_sizes(neck):
 
 def test_resizing_takes_neighbours_up_and_maxima_down():
     x = torch.tensor([[1.0, 2.0], [3.0, 4.0]])[None, None]
-    up = resize(x, (4, 4))
+    up = resize(x, torch.zeros(1, 1, 4, 4))
     assert up[0, 0].tolist() == [[1, 1, 2, 2], [1, 1, 2, 2], [3, 3, 4, 4], [3, 3, 4, 4]]
-    assert resize(up, (1, 2))[0, 0].tolist() == [[3, 4]]
-    assert resize(x, (2, 2)) is x
+    assert resize(up, torch.zeros(1, 1, 1, 2))[0, 0].tolist() == [[3, 4]]
+    assert resize(x, torch.zeros(1, 1, 2, 2)) is x
 
 
 def test_attention_weighs_channels_by_the_mean_of_the_other_map():

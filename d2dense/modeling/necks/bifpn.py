@@ -53,12 +53,12 @@ class _Layer(nn.Module):
     def forward(self, levels: list[Tensor]) -> list[Tensor]:
         middle = [levels[-1]]
         for node, level in zip(reversed(self.down), reversed(levels[:-1])):
-            middle.insert(0, node([level, resize(middle[0], level.shape[-2:])]))
+            middle.insert(0, node([level, resize(middle[0], level)]))
         out = middle[:1]
         for k, node in enumerate(self.up, start=1):
             below = F.max_pool2d(out[-1], 3, stride=2, padding=1)
             own = [levels[k]] if k == len(self.up) else [levels[k], middle[k]]
-            out.append(node([*own, resize(below, levels[k].shape[-2:])]))
+            out.append(node([*own, resize(below, levels[k])]))
         return out
 
 

@@ -28,8 +28,8 @@ class _Stage(nn.Module):
         p3, p4, p5, p6, p7 = levels
         p4_first = self._conv("p4_first", _attend(p6, p4, p4))
         p4_second = self._conv("p4_second", p4_first + p4)
-        p3 = self._conv("p3", resize(p4_second, p3.shape[-2:]) + p3)
-        p4 = self._conv("p4", resize(p3, p4.shape[-2:]) + p4_second)
+        p3 = self._conv("p3", resize(p4_second, p3) + p3)
+        p4 = self._conv("p4", resize(p3, p4) + p4_second)
         p5 = self._conv("p5", p5 + _attend(p4, p3, p5))
         p7 = self._conv("p7", p7 + _attend(p5, p4_second, p7))
         p6 = self._conv("p6", _attend(p7, p5, p6))
@@ -43,7 +43,7 @@ def _attend(semantic: Tensor, detail: Tensor, like: Tensor) -> Tensor:
     """Merge by global pooling, at the size of ``like``: the channels of ``semantic`` count as much
     as the mean of ``detail`` says.
     """
-    semantic, detail = (resize(each, like.shape[-2:]) for each in (semantic, detail))
+    semantic, detail = (resize(each, like) for each in (semantic, detail))
     attention = detail.mean(dim=(2, 3), keepdim=True).sigmoid()
     return detail + attention * semantic
 

@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from itertools import pairwise
 
+import torch
 import torch.nn.functional as F
 from detectron2.layers import Conv2d, ShapeSpec
 from detectron2.modeling.backbone import Backbone
@@ -49,13 +50,21 @@ def checked_divisibility(wanted: int | None, needed: int) -> int:
     return wanted
 
 
-def resize(x: Tensor, size: Sequence[int]) -> Tensor:
-    """Bring a map to ``size``: nearest neighbours up, maxima down."""
-    if x.shape[-2:] == size:
+def resize(x: Tensor, like: Tensor) -> Tensor:
+    """Bring a map to the size of ``like``: nearest neighbours up, maxima down."""
+    if not torch.jit.is_tracing() and x.shape[-2:] == like.shape[-2:]:
         return x
-    if x.shape[-2] < size[0] or x.shape[-1] < size[1]:
-        return F.interpolate(x, size=size, mode="nearest")
-    return F.adaptive_max_pool2d(x, size)
+    return _resized(x, like)
+
+
+# A script inside a trace decides in every run. It must not return its argument: the trace would
+# take what comes out for what went in, everywhere else too.
+@torch.jit.script_if_tracing
+def _resized(x: Tensor, like: Tensor) -> Tensor:
+    height, width = like.shape[-2], like.shape[-1]
+    if x.shape[-2] < height or x.shape[-1] < width:
+        return F.interpolate(x, size=[height, width], mode="nearest")
+    return F.adaptive_max_pool2d(x, [height, width])
 
 
 class Pyramid(Backbone):
