@@ -159,7 +159,7 @@ class TimmCEDNet(nn.Module):
         """Return which parameters are a layer: the stem, the blocks at stride 4, every stage."""
         return {
             "stem": r"^trunk\.stem",
-            "blocks": [(r"^trunk\.(?:first|down)\.", (0,)), (r"^trunk\.stages\.(\d+)", None)],
+            "blocks": [(r"^trunk\.(?:first|down)\.", (-1,)), (r"^trunk\.stages\.(\d+)", None)],
         }
 
     @torch.jit.ignore
