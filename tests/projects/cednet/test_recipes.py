@@ -298,3 +298,32 @@ def test_multiscale_augmentation_resizes_or_crops_between_two_resizes():
     assert sides <= set(range(480, 801, 32))
     assert len(sides) > 8
     assert len(crops) > 20
+
+
+# ------------------------------------------------ saved configs
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "cascade_mask_rcnn_cednet_next_s",
+        "retinanet_cednet_next_t_stages_4_1x",
+        "retinanet_cednet_r50_t",
+        "retinanet_cednet_cswin_t",
+        "retinanet_convnext_t_bifpn",
+        "retinanet_hrnet_w32",
+        "retinanet_swin_t_fpn",
+        "faster_rcnn_cednet_next_t",
+    ],
+)
+def test_saved_configs_load_to_the_same_run(name, tmp_path):
+    config.save(run_of(name).cfg, tmp_path / "config.yaml")
+    again = experiment(config.load(tmp_path / "config.yaml"), device="cpu")
+    assert again.settings == run_of(name).settings
+    with torch.device("meta"):
+        model = config.build_model(again.cfg, device="meta")
+    assert str(model) == str(model_of(name))
+    assert optimizer_groups(again, model) == optimizer_groups(run_of(name), model_of(name))
+    points = [0.0, 0.1, 0.8, 0.95]
+    lr, before = again.build_lr_multiplier(), run_of(name).build_lr_multiplier()
+    assert [lr(t) for t in points] == [before(t) for t in points]
