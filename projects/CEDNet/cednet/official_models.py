@@ -16,7 +16,7 @@ from d2dense.modeling.upernet import UperNetHead
 
 from .backbone import CEDNet
 from .blocks import BottleneckFamily, CSwinFamily, NextFamily, SwinFamily
-from .classifier import CEDNetClassifier, StageClassifier
+from .classifier import CEDNetClassifier
 from .trunk import CEDNetTrunk
 
 __all__ = [
@@ -112,14 +112,7 @@ def classifier(name: str) -> CEDNetClassifier:
     """Return the ImageNet classifier on trunk ``name``; it returns the scores of all stages."""
     options = {"roll_back_unshifted": True} if name == "swin_tiny" else {}
     body = trunk(name, last_decoder=False, **options)
-    norm, activation = ("BN", "relu") if name == "res50" else ("LN", "gelu")
-    heads = [
-        StageClassifier(
-            in_channels=body.widths[-1], num_classes=1000, norm=norm, activation=activation
-        )
-        for _ in body.stages
-    ]
-    return CEDNetClassifier(trunk=body, heads=heads, all_stages=True)
+    return CEDNetClassifier(trunk=body, all_stages=True)
 
 
 def features(name: str, *, out_features: Sequence[str]) -> FeatureTuple:
