@@ -36,11 +36,10 @@ def deformable_sampling(
     if dtype in (torch.float16, torch.bfloat16):
         value, locations, weights = value.float(), locations.float(), weights.float()
     locations, weights = locations.to(value.dtype), weights.to(value.dtype)
-    with torch.autocast(value.device.type, enabled=False):
-        if value.device.type == "cpu" and not _is_traced():
-            result = _SampleOnCpu.apply(value, locations, weights, shapes)
-        else:
-            result = sample_by_grid(value, shapes, locations, weights)
+    if value.device.type == "cpu" and not _is_traced():
+        result = _SampleOnCpu.apply(value, locations, weights, shapes)
+    else:
+        result = sample_by_grid(value, shapes, locations, weights)
     return result.to(dtype)
 
 

@@ -56,17 +56,15 @@ class DETRCriterion(nn.Module):
             logits: ``(D, N, Q, K)``
             boxes: ``(D, N, Q, 4)``, cxcywh relative to the image
         """
-        with torch.autocast(logits.device.type, enabled=False):
-            logits, boxes = logits.float(), boxes.float()
-            matches = self.matcher(logits, boxes, targets)
-            number = self._number(targets, queries=logits.shape[2], device=logits.device)
-            of_class = self.class_weight / number * self._class_loss(logits, targets, matches)
-            distance, overlap = self._box_losses(boxes, targets, matches)
-            parts = {
-                "loss_cls": of_class,
-                "loss_bbox": self.l1_weight / number * distance,
-                "loss_iou": self.giou_weight / number * overlap,
-            }
+        logits, boxes = logits.float(), boxes.float()  # nothing below is a product of matrices
+        matches = self.matcher(logits, boxes, targets)
+        number = self._number(targets, queries=logits.shape[2], device=logits.device)
+        distance, overlap = self._box_losses(boxes, targets, matches)
+        parts = {
+            "loss_cls": self.class_weight / number * self._class_loss(logits, targets, matches),
+            "loss_bbox": self.l1_weight / number * distance,
+            "loss_iou": self.giou_weight / number * overlap,
+        }
         last = len(logits) - 1
         return {
             name if layer == last else f"d{layer}.{name}": loss

@@ -66,8 +66,7 @@ class HungarianMatcher(nn.Module):
             logits: ``(D, N, Q, K)``
             boxes: ``(D, N, Q, 4)``, cxcywh relative to the image
         """
-        with torch.autocast(logits.device.type, enabled=False):
-            cost = self.cost(logits.float(), boxes.float(), targets)
+        cost = self.cost(logits.float(), boxes.float(), targets)
         cost = cost.nan_to_num(nan=_INVALID, posinf=_INVALID, neginf=-_INVALID)
         table = cost.cpu().numpy()  # the one wait
         d, n, _, g = table.shape

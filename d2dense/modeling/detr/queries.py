@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from .memory import Memory
@@ -47,6 +48,7 @@ class LearnedQueries(nn.Module):
     def forward(self, memory: Memory) -> Queries:
         """Return them for each image of ``memory``."""
         n = memory.tokens.shape[0]
-        position, content = self.embedding.weight.chunk(2, dim=1)
+        rows = torch.arange(self.embedding.num_embeddings, device=memory.tokens.device)
+        position, content = self.embedding(rows).chunk(2, dim=1)
         references = self.reference_points(position).float().sigmoid()
         return Queries(*(each.expand(n, -1, -1) for each in (content, position, references)))
