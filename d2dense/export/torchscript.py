@@ -19,6 +19,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import Tensor, nn
 
 from d2dense.errors import UserError
+from d2dense.layers import SyncBatchNorm
 
 from .adapters import Adapter, adapt
 from .devices import device_constants, unbind_devices
@@ -69,6 +70,7 @@ def _trace(adapter: Adapter, image: Tensor) -> torch.jit.ScriptModule:
 def _script(adapter: Adapter, image: Tensor) -> torch.jit.ScriptModule:
     del image
     _make_plain(adapter)
+    _unsynchronise(adapter)
     try:
         return scripting_with_instances(adapter, adapter.instance_fields)
     except (RuntimeError, TypeError, AttributeError) as error:
@@ -91,6 +93,18 @@ def _make_plain(model: nn.Module) -> None:
                 setattr(module, name, OmegaConf.to_container(value))
             elif isinstance(value, Box2BoxTransform) and isinstance(value.weights, ListConfig):
                 value.weights = tuple(value.weights)
+
+
+def _unsynchronise(model: nn.Module) -> None:
+    """Turn synchronised batch norms into plain ones, in place: in evaluation they are the same, and
+    what they ask of other processes cannot be scripted.
+    """
+    for module in model.modules():
+        for name, norm in list(module.named_children()):
+            if isinstance(norm, (nn.SyncBatchNorm, SyncBatchNorm)):
+                plain = nn.BatchNorm2d(norm.num_features, eps=norm.eps, affine=norm.affine)
+                plain.to(norm.running_mean).load_state_dict(norm.state_dict())
+                setattr(module, name, plain.requires_grad_(False).eval())
 
 
 def _parts(model: nn.Module) -> str:
