@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from d2dense.checkpoint import convert, convert_back
-from d2dense.config import detectors
+from d2dense.config import detectors, detr
 from d2dense.errors import UserError, nearest
 
 from . import official_models as models
@@ -23,6 +23,7 @@ from . import official_models as models
 __all__ = ["VARIANTS", "build", "load", "state_dict"]
 
 _RETINA = ("p3", "p4", "p5", "p6", "p7")
+_DETR = ("p3", "p4", "p5", "p6")
 _TWO_STAGE = ("p2", "p3", "p4", "p5", "p6")
 _NEXT = ("next_tiny", "next_small", "next_base")
 
@@ -59,7 +60,7 @@ _KINDS = {
     ),
     "det_retina": _Kind(_features(*_RETINA), tuple(models.TRUNKS)),
     "det_twostage": _Kind(_features(*_TWO_STAGE), (*_NEXT, "swin_tiny", "cswin_tiny")),
-    "det_defdetr": _Kind(_features("p3", "p4", "p5", "p6"), (*_NEXT, "res50")),
+    "det_defdetr": _Kind(_features(*_DETR), (*_NEXT, "res50")),
     "det_mask2former": _Kind(_features("c2", "c3", "c4", "c5"), ("next_tiny", "res50")),
     "seg_upernet": _Kind(models.segmentation_features, _NEXT),
     "full_upernet": _Kind(models.segmenter, _NEXT),
@@ -72,7 +73,9 @@ _KINDS = {
     "full_cascade_mask_rcnn": _Kind(
         _detector(detectors.cascade_mask_rcnn, _TWO_STAGE), (*_NEXT, "swin_tiny")
     ),
-    "full_deformable_detr": _Kind(None, ("next_tiny",)),
+    "full_deformable_detr": _Kind(
+        _detector(partial(detr.deformable_detr, in_features=_DETR), _DETR), (*_NEXT, "res50")
+    ),
     "full_mask2former": _Kind(None, ("next_tiny",)),
 }
 _BUILDERS = {
@@ -85,9 +88,9 @@ VARIANTS: tuple[str, ...] = tuple(_BUILDERS)
 def load(variant: str, state_dict: Mapping[str, Tensor]) -> nn.Module:
     """Return an official model in eval mode with its weights.
 
-    The whole detectors, ``full_retinanet_*``, ``full_mask_rcnn_*`` and
-    ``full_cascade_mask_rcnn_*``, are Detectron2 models for 80 classes: they take its batches, with
-    RGB images, and return its results. All others take a normalised float image batch
+    The whole detectors, ``full_retinanet_*``, ``full_mask_rcnn_*``, ``full_cascade_mask_rcnn_*``
+    and ``full_deformable_detr_*``, are Detectron2 models for 80 classes: they take its batches,
+    with RGB images, and return its results. All others take a normalised float image batch
     ``(N, 3, H, W)`` and return, for ``cls_*``, the scores ``(N, 1000)`` of all stages as a list;
     for ``det_*`` and ``seg_*``, the tuple of feature maps in the official order; for
     ``full_upernet_*``, a dict of ``decode_logits`` and ``aux_logits`` before they are enlarged.

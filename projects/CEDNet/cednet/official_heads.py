@@ -1,7 +1,7 @@
 """Names and orders that MMDetection gives to the parts of detectors around the backbone.
 
-Each function returns, for a module of Detectron2, part of ours -> theirs; other parts have no
-counterpart.
+Each function returns, for a module of Detectron2 or ours, part of ours -> theirs; other parts have
+no counterpart.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from detectron2.modeling.roi_heads import (
 from torch import Tensor, nn
 
 from d2dense.errors import UserError
+from d2dense.modeling.detr import DeformableDETR
 
 __all__ = ["CLASS_KEYS", "HEADS", "Layout", "layouts"]
 
@@ -33,6 +34,7 @@ CLASS_KEYS = {
     r"roi_head\..*\.(fc_cls|fc_reg|conv_logits)\.": (
         "MODEL.ROI_HEADS.NUM_CLASSES (yaml) or model.roi_heads.num_classes (lazy)"
     ),
+    r"bbox_head\.cls_branches\.": "MODEL.DETR.NUM_CLASSES (yaml) or model.num_classes (lazy)",
     r"(decode|auxiliary)_head\.conv_seg\.": (
         "MODEL.SEM_SEG_HEAD.NUM_CLASSES (yaml) or model.sem_seg_head.num_classes (lazy)"
     ),
@@ -94,7 +96,29 @@ def _stages(part: nn.Module | None) -> Iterator[tuple[nn.Module | None, str]]:
         yield part, ""
 
 
+def _deformable_detr(model: DeformableDETR) -> dict[str, str]:
+    head, transformer = "bbox_head", "bbox_head.transformer"
+    parts = {
+        "encoder.level_embedding": f"{transformer}.level_embeds",
+        "queries.embedding": f"{head}.query_embedding",
+        "queries.reference_points": f"{transformer}.reference_points",
+    }
+    perceptron = {"ffn.linear1": "ffns.0.layers.0.0", "ffn.linear2": "ffns.0.layers.1"}
+    encoder = {"attention": "attentions.0", **perceptron}
+    decoder = {"self_attention": "attentions.0.attn", "cross_attention": "attentions.1"}
+    for name, norms, names in (("encoder", 2, encoder), ("decoder", 3, decoder | perceptron)):
+        names = names | {f"norm{k + 1}": f"norms.{k}" for k in range(norms)}
+        for i in range(len(getattr(model, name).layers)):
+            for ours, theirs in names.items():
+                parts[f"{name}.layers.{i}.{ours}"] = f"{transformer}.{name}.layers.{i}.{theirs}"
+    for i in range(len(model.heads.classes)):
+        parts[f"heads.classes.{i}"] = f"{head}.cls_branches.{i}"
+        parts[f"heads.boxes.{i}.layers"] = f"{head}.reg_branches.{i}"
+    return parts
+
+
 HEADS: dict[type, Callable[[nn.Module], dict[str, str]]] = {
+    DeformableDETR: _deformable_detr,
     RetinaNet: _retinanet,
     RPN: _rpn,
     StandardROIHeads: _regions,
