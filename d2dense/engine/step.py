@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from d2dense.errors import UserError
+from d2dense.layers import explained_single_values
 
 from .guard import StepGuard
 from .memory import explained_shortage, training_levers
@@ -99,7 +100,7 @@ class TrainStep:
 
         Raises:
             NonFiniteError: in all processes alike; the weights have not moved.
-            UserError: out of memory, with the settings that help.
+            UserError: out of memory, with the settings that help; a batch norm with one value.
         """
         data_seconds, images, sums = 0.0, 0, {}
         self.optimizer.zero_grad(set_to_none=True)
@@ -110,7 +111,8 @@ class TrainStep:
             data_seconds += time.perf_counter() - start
             images += len(batch)
             is_last = index == self.accumulation_steps - 1
-            with explained_shortage(f"in iteration {iteration}", self.levers):
+            where = f"in iteration {iteration}"
+            with explained_shortage(where, self.levers), explained_single_values():
                 losses = self._backward(batch, is_last=is_last, stop=stop)
             for name, loss in losses.items():
                 sums[name] = sums[name] + loss if name in sums else loss

@@ -4,7 +4,7 @@ from .deformable_attention import MultiScaleDeformableAttention
 from .deformable_sampling import deformable_sampling
 from .drop_path import Residual
 from .mlp import MLP2d
-from .norm import NORMS, LayerNorm2d, build_norm
+from .norm import NORMS, LayerNorm2d, build_norm, explained_single_values
 from .sync_norm import SyncBatchNorm, has_sync_norms, replace_sync_norms
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "SyncBatchNorm",
     "build_norm",
     "deformable_sampling",
+    "explained_single_values",
     "has_sync_norms",
     "replace_sync_norms",
 ]

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch.nn.functional as F
 from detectron2.layers import get_norm
 from torch import Tensor, nn
 
 from d2dense.errors import UserError, nearest
 
-__all__ = ["NORMS", "LayerNorm2d", "build_norm"]
+__all__ = ["NORMS", "LayerNorm2d", "build_norm", "explained_single_values"]
 
 NORMS = ("LN", "BN", "SyncBN", "FrozenBN", "GN")
 
@@ -41,3 +44,26 @@ def build_norm(name: str, channels: int) -> nn.Module:
             f"unknown norm {name!r}, expected one of {', '.join(NORMS)}{nearest(name, NORMS)}"
         )
     return LayerNorm2d(channels) if name == "LN" else get_norm(name, channels)
+
+
+@contextmanager
+def explained_single_values() -> Iterator[None]:
+    """Turn PyTorch's refusal to train a batch norm on one value per channel into a line that says
+    what to change.
+
+    One image per process is enough for it wherever a map has a single pixel, as under UperNet's
+    pooling.
+
+    Raises:
+        UserError: a batch norm got one value per channel.
+    """
+    try:
+        yield
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise UserError(
+            "a batch norm in training got one value per channel, which has no variance: give every "
+            "process two images or more (SOLVER.IMS_PER_BATCH or "
+            "dataloader.train.total_batch_size), larger images, or the norm GN, LN or FrozenBN"
+        ) from error

@@ -108,7 +108,7 @@ class CEDNet(Backbone):
         size_divisibility: to what multiple Detectron2 fills batches up (1 also works).
 
     Raises:
-        UserError: an unknown feature.
+        UserError: an unknown feature, or none.
     """
 
     @configurable
@@ -123,6 +123,11 @@ class CEDNet(Backbone):
     ):
         super().__init__()
         strides = _STRIDES | {f"stage{k}_c3": 8 for k in range(1, len(trunk.stages))}
+        if not out_features:
+            raise UserError(
+                f"CEDNet's out_features are empty, expected some of {', '.join(strides)}; change "
+                "MODEL.CEDNET.OUT_FEATURES (yaml) or out_features (lazy)"
+            )
         for name in out_features:
             if name not in strides:
                 raise UserError(

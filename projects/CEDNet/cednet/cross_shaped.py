@@ -37,12 +37,16 @@ class _RegionAttention(nn.Module):
             self._heads(split_windows(k, height, width)),
             self._heads(values),
         )
-        local = self.position(values.reshape(-1, height, width, c).permute(0, 3, 1, 2))
-        out = attended.transpose(1, 2).reshape(-1, height, width, c) + local.permute(0, 2, 3, 1)
+        regions = values.shape[0]
+        local = self.position(values.reshape(regions, height, width, c).permute(0, 3, 1, 2))
+        attended = attended.transpose(1, 2).reshape(regions, height, width, c)
+        out = attended + local.permute(0, 2, 3, 1)
         return join_windows(out, height, width, h, w)
 
     def _heads(self, x: Tensor) -> Tensor:
-        return x.reshape(x.shape[0], x.shape[1], self.heads, -1).transpose(1, 2)
+        # no -1: it would be ambiguous where there is no image
+        side = x.shape[2] // self.heads
+        return x.reshape(x.shape[0], x.shape[1], self.heads, side).transpose(1, 2)
 
 
 class CrossShapedAttention(nn.Module):
@@ -71,7 +75,7 @@ class CrossShapedAttention(nn.Module):
         """``(N, H, W, C)`` to the same shape."""
         h, w, c = x.shape[1], x.shape[2], x.shape[3]
         qkv = self.qkv(x)
-        first, second = qkv.reshape(-1, h, w, 3, 2, c // 2).unbind(4)
+        first, second = qkv.reshape(x.shape[0], h, w, 3, 2, c // 2).unbind(4)
 
         missing = (self.stripe - w % self.stripe) % self.stripe
         before = missing // 2

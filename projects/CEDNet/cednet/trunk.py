@@ -72,6 +72,11 @@ class CEDNetTrunk(nn.Module):
         _check_choice("style", style, STYLES)
         _check_choice("layer_rule", layer_rule, LAYER_RULES)
         counts = _blocks_per_stage(blocks, num_stages)
+        if first_blocks < 0:
+            raise UserError(
+                f"CEDNet's first_blocks is {first_blocks}, expected 0 or more; change "
+                "MODEL.CEDNET.FIRST_BLOCKS (yaml) or first_blocks (lazy)"
+            )
         c2, *stage_widths = _checked_widths(widths)
         split = style in ("unet", "hourglass")
         if last_decoder is None:
@@ -119,9 +124,15 @@ class CEDNetTrunk(nn.Module):
         bottom, and the maps are those of the larger image.
 
         Args:
-            x: ``(N, 3, H, W)``, normalised.
+            x: ``(N, 3, H, W)``, normalised, N >= 0; computed in the type of the weights.
+
+        Raises:
+            UserError: another number of channels or axes, no pixel, or integers.
         """
-        x = pad_to_multiple(x, 32)
+        weight = self.stem[0].conv.weight
+        if not torch.jit.is_scripting() and not torch.jit.is_tracing():
+            _check_images(x, weight.shape[1])
+        x = pad_to_multiple(x.to(weight.dtype), 32)
         # The order of the pixels in memory that convolutions, norms and linear layers all work on
         # without copies; everything below keeps it.
         x = x.contiguous(memory_format=torch.channels_last)
@@ -151,14 +162,8 @@ class CEDNetTrunk(nn.Module):
 
 
 def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
-    """Fill ``(N, C, H, W)`` up with zeros at the right and the bottom.
-
-    Raises:
-        UserError: an image without pixels.
-    """
+    """Fill ``(N, C, H, W)`` up with zeros at the right and the bottom."""
     h, w = x.shape[-2], x.shape[-1]
-    if not torch.jit.is_scripting() and not torch.jit.is_tracing():
-        _check_image(x)
     bottom, right = (multiple - h % multiple) % multiple, (multiple - w % multiple) % multiple
     # a trace keeps what it sees here, also for the other sizes that it will meet
     if torch.jit.is_tracing() or bottom > 0 or right > 0:
@@ -167,10 +172,16 @@ def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
 
 
 @torch.jit.unused
-def _check_image(x: Tensor) -> None:
-    if x.dim() != 4 or min(x.shape[-2:]) < 1:
+def _check_images(x: Tensor, channels: int) -> None:
+    if x.dim() != 4 or x.shape[1] != channels or min(x.shape[-2:]) < 1:
         raise UserError(
-            f"CEDNet takes images as (N, C, H, W) with at least one pixel, found {tuple(x.shape)}"
+            f"CEDNet takes images as (N, {channels}, H, W) with at least one pixel, found "
+            f"{tuple(x.shape)}; the number of channels is that of MODEL.PIXEL_MEAN (yaml) or the "
+            "trunk's in_channels (lazy)"
+        )
+    if not x.is_floating_point():
+        raise UserError(
+            f"CEDNet takes normalised images of floating-point numbers, found {x.dtype}"
         )
 
 
@@ -216,10 +227,15 @@ def _sequence(
 def _blocks_per_stage(
     blocks: Sequence[int] | Sequence[Sequence[int]], num_stages: int | None
 ) -> list[tuple[int, ...]]:
-    if isinstance(blocks[0], int):
+    if len(blocks) and isinstance(blocks[0], int):
         counts = [tuple(blocks)] * (3 if num_stages is None else num_stages)
     else:
         counts = [tuple(each) for each in blocks]
+    if num_stages is not None and num_stages < 1:
+        raise UserError(
+            f"CEDNet has {num_stages} stages, expected one or more; change MODEL.CEDNET.NUM_STAGES "
+            "(yaml) or num_stages (lazy)"
+        )
     if not counts or any(len(each) != 3 or min(each) < 0 for each in counts):
         raise UserError(
             f"CEDNet's blocks are {blocks}, expected three numbers (strides 8, 16, 32) or such a "
