@@ -46,7 +46,8 @@ class TimmBackbone(Backbone):
             empty: none. Levels of ``out_indices`` that are not returned have theirs too, frozen:
             official checkpoints hold it.
         pretrained: start from timm's weights of this name (downloaded)
-        weights: start from this file instead, in timm's or the official names of the model
+        weights: start from this file instead, in timm's or the official names of the model, or of
+            a timm model that was trained as an ImageClassifier
         options: further arguments of the model's constructor in timm, such as
             ``{"depths": [1, 1, 2, 1], "dims": [24, 48, 64, 96]}`` for a small ConvNeXt
     """
@@ -217,7 +218,11 @@ def _read_weights(path: str) -> Mapping[str, Tensor]:
         if isinstance(content.get(root), Mapping):
             content = content[root]
             break
-    return {key: value for key, value in content.items() if isinstance(value, Tensor)}
+    tensors = {key: value for key, value in content.items() if isinstance(value, Tensor)}
+    if tensors and all(key.startswith("network.") for key in tensors):
+        # a checkpoint of our ImageClassifier on a timm model
+        return {key.removeprefix("network."): value for key, value in tensors.items()}
+    return tensors
 
 
 def _check_used(model: nn.Module, state: Mapping[str, Tensor], path: str) -> None:

@@ -13,7 +13,7 @@ from torch import nn
 from d2dense import config
 from d2dense.config import get_cfg
 from d2dense.errors import UserError
-from d2dense.modeling import ImageClassifier, timm_classifier
+from d2dense.modeling import ImageClassifier, TimmBackbone, timm_classifier
 
 MEAN, STD = torch.tensor([10.0, 20.0, 30.0]), torch.tensor([2.0, 4.0, 5.0])
 K = 6
@@ -235,3 +235,14 @@ def test_timm_networks_from_both_kinds():
     losses["loss_cls"].backward()
     assert all(p.grad is not None for p in models[0].parameters())
     assert models[0].eval()(batch(2, size=32))[0]["class_scores"].shape == (K,)
+
+
+def test_a_backbone_starts_from_a_classifiers_checkpoint(tmp_path):
+    network = timm_classifier(name="test_convnext", num_classes=K)
+    model = ImageClassifier(network=network, num_classes=K)
+    torch.save({"model": model.state_dict()}, tmp_path / "c.pth")
+    backbone = TimmBackbone(name="test_convnext", weights=str(tmp_path / "c.pth"))
+    weights = network.state_dict()
+    for name, value in backbone.model.state_dict().items():
+        name = name.replace("stem_", "stem.").replace("stages_", "stages.")
+        assert torch.equal(value, weights[name]), name
