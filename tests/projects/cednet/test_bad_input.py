@@ -102,7 +102,7 @@ def test_other_types_of_numbers():
         assert torch.equal(value, expected[name])
     half = net.bfloat16()(x)
     assert {value.dtype for value in half.values()} == {torch.bfloat16}
-    with pytest.raises(UserError, match=r"normalised images,.* found torch\.uint8"):
+    with pytest.raises(UserError, match=r"normalised images .* found torch\.uint8"):
         net(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
 
 
