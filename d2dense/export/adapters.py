@@ -16,6 +16,7 @@ from detectron2.structures import Boxes, ImageList
 from torch import Tensor, nn
 
 from d2dense.errors import UserError
+from d2dense.modeling.detr import DeformableDETR
 
 from .devices import ANCHOR
 
@@ -126,6 +127,16 @@ class _DenseAdapter(Adapter):
         return found.pred_boxes.tensor, found.scores, found.pred_classes
 
 
+class _QueryAdapter(Adapter):
+    """Detection transformers."""
+
+    outputs = (BOXES, SCORES, CLASSES)
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        found = self.model.inference([{"image": image.to(torch.float32)}], False)[0]
+        return found.pred_boxes.tensor, found.scores, found.pred_classes
+
+
 class _SemanticAdapter(Adapter):
     """Semantic segmentation by one pass over the whole image."""
 
@@ -160,6 +171,7 @@ def _adapt_rcnn(model: GeneralizedRCNN) -> Adapter:
 _ADAPTERS: dict[type, Callable[[Any], Adapter]] = {
     GeneralizedRCNN: _adapt_rcnn,
     DenseDetector: _DenseAdapter,
+    DeformableDETR: _QueryAdapter,
     SemanticSegmentor: _SemanticAdapter,
 }
 

@@ -12,6 +12,7 @@ from d2dense.config import detr
 from d2dense.config.defaults import get_cfg
 from d2dense.engine.recompute import enable_activation_checkpointing
 from d2dense.errors import UserError
+from d2dense.export import adapt
 from d2dense.modeling.detr import (
     ChannelMapper,
     DeformableDecoder,
@@ -143,20 +144,12 @@ def test_results_have_the_size_of_the_original():
 def test_traced_inference_follows_other_sizes():
     model = no_dropout().eval()
 
-    class Plain(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.model = model
-
-        def forward(self, pixels):
-            found = self.model.inference([{"image": pixels}], do_postprocess=False)[0]
-            return found.pred_boxes.tensor, found.scores, found.pred_classes
-
+    plain = adapt(model).eval()
     with torch.no_grad():
-        traced = torch.jit.trace(Plain(), image(64, 64)["image"], check_trace=False)
+        traced = torch.jit.trace(plain, image(64, 64)["image"], check_trace=False)
         for size in ((40, 96), (33, 50), (128, 64)):
             pixels = image(*size, seed=3)["image"]
-            for ours, theirs in zip(traced(pixels), Plain()(pixels)):
+            for ours, theirs in zip(traced(pixels), plain(pixels)):
                 assert torch.allclose(ours, theirs, atol=1e-3)
 
 
