@@ -20,7 +20,13 @@ from detectron2.data.datasets import builtin_meta  # its package registers Detec
 
 from . import cityscapes, coco_format, folders, image_folder, shapes
 
-__all__ = ["dataset_root", "register_ade20k", "register_cityscapes", "register_shapes"]
+__all__ = [
+    "dataset_root",
+    "register_ade20k",
+    "register_cityscapes",
+    "register_imagenet",
+    "register_shapes",
+]
 
 
 def dataset_root() -> Path:

@@ -28,18 +28,17 @@ from tools import analyze_model, demo
 
 NAME = "CEDNet/classifier_cednet_next_t_imagenet"
 TINY = "CEDNet/classifier_cednet_tiny_objects"
-# parameters with the auxiliary classifiers and without, and multiply-accumulates at 224 x 224 that
-# convolutions and linear layers have, all measured on the official code
-COSTS = {
-    "cednet_next_t": (40_041_784, 33_826_152, 5.692e9),
-    "cednet_next_s": (65_498_272, 56_174_824, 9.654e9),
-    "cednet_next_b": (105_118_624, 94_615_528, 16.199e9),
-    "cednet_swin_t": (38_001_249, 32_178_833, None),
-    "cednet_r50_t": (40_078_392, 34_387_048, 4.989e9),
-    "cednet_next_t_unet": (37_712_440, 31_496_808, 5.058e9),
-    "cednet_next_t_hourglass": (37_145_592, 30_929_960, 4.953e9),
-    "convnext_t": (28_589_128, 28_589_128, 4.5e9),
-    "r50": (25_557_032, 25_557_032, 4.1e9),
+# parameters with the auxiliary classifiers and without, measured on the official code
+PARAMS = {
+    "cednet_next_t": (40_041_784, 33_826_152),
+    "cednet_next_s": (65_498_272, 56_174_824),
+    "cednet_next_b": (105_118_624, 94_615_528),
+    "cednet_swin_t": (38_001_249, 32_178_833),
+    "cednet_r50_t": (40_078_392, 34_387_048),
+    "cednet_next_t_unet": (37_712_440, 31_496_808),
+    "cednet_next_t_hourglass": (37_145_592, 30_929_960),
+    "convnext_t": (28_589_128, 28_589_128),
+    "r50": (25_557_032, 25_557_032),
 }
 DROP_PATH = {"cednet_next_t": 0.1, "cednet_next_s": 0.4, "cednet_next_b": 0.5}
 
@@ -59,12 +58,12 @@ def _quiet_logging():
 # ------------------------------------------------ models and recipe
 
 
-@pytest.mark.parametrize("backbone", COSTS)
+@pytest.mark.parametrize("backbone", PARAMS)
 def test_parameters(backbone):
     cfg = model_zoo.get_config(f"CEDNet/classifier_{backbone}_imagenet")
     with torch.device("meta"):
         model = config.build_model(cfg, device="meta")
-    with_heads, without, _ = COSTS[backbone]
+    with_heads, without = PARAMS[backbone]
     assert sum(p.numel() for p in model.parameters()) == with_heads
     others = [] if with_heads == without else model.network.heads[:-1]
     assert with_heads - sum(p.numel() for head in others for p in head.parameters()) == without
@@ -79,7 +78,7 @@ def test_the_analysis_tool_prints_the_published_cost(tmp_path):
     assert analyze_model.main([*argv, "--tasks", "params", "flops"]) in (0, None)
     found = json.loads(report.read_text())
     assert found["params"] == 40_041_784
-    assert found["macs"] == pytest.approx(5.692e9, rel=0.002)
+    assert found["macs"] == pytest.approx(5.695e9, rel=1e-3)
 
 
 @pytest.mark.parametrize("kind", ["lazy", "yaml"])
