@@ -210,11 +210,21 @@ def _add_model_keys(cfg: CN) -> None:
     # what batch norms become ("FrozenBN", "SyncBN", "" to stay), and the norm of feature maps,
     cfg.MODEL.TIMM.NORM = ""
     cfg.MODEL.TIMM.OUT_NORM = ""
+    # eps of the model's norms and momentum of its batch norms (None: timm's),
+    cfg.MODEL.TIMM.NORM_EPS = None
+    cfg.MODEL.TIMM.NORM_MOMENTUM = None
+    # whether sizes are rounded up where ConvNeXt rounds them down, and to what multiple batches are
+    # filled up (0: none; None: the largest stride),
+    cfg.MODEL.TIMM.SAME_PADDING = False
+    cfg.MODEL.TIMM.SIZE_DIVISIBILITY = None
     # and initial weights: timm's own, or a file.
     cfg.MODEL.TIMM.PRETRAINED = False
     cfg.MODEL.TIMM.WEIGHTS = ""
     # Further arguments of timm's constructor in capitals, such as DEPTHS: [1, 1, 2, 1].
     cfg.MODEL.TIMM.OPTIONS = CN(new_allowed=True)
+    # BACKBONE.NAME "LateStrideResNet" (modeling/late_stride_resnet.py), a ResNet that MODEL.TIMM
+    # describes: stride of its last stages (32, 16 or 8), and dilations of the last one's blocks.
+    cfg.MODEL.LATE_STRIDE = CN({"OUTPUT_STRIDE": 32, "MULTI_GRID": (1, 2, 4)})
     _add_detr_keys(cfg)
 
 

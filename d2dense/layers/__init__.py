@@ -4,7 +4,7 @@ from .deformable_attention import MultiScaleDeformableAttention
 from .deformable_sampling import deformable_sampling
 from .drop_path import Residual
 from .mlp import MLP2d
-from .norm import NORMS, LayerNorm2d, build_norm, explained_single_values
+from .norm import NORMS, LayerNorm2d, build_norm, explained_single_values, set_norms
 from .sync_norm import SyncBatchNorm, has_sync_norms, replace_sync_norms
 
 __all__ = [
@@ -19,4 +19,5 @@ __all__ = [
     "explained_single_values",
     "has_sync_norms",
     "replace_sync_norms",
+    "set_norms",
 ]

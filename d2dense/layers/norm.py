@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from d2dense.errors import UserError, nearest
 
-__all__ = ["NORMS", "LayerNorm2d", "build_norm", "explained_single_values"]
+__all__ = ["NORMS", "LayerNorm2d", "build_norm", "explained_single_values", "set_norms"]
 
 NORMS = ("LN", "BN", "SyncBN", "FrozenBN", "GN")
 
@@ -67,3 +67,24 @@ def explained_single_values() -> Iterator[None]:
             "process two images or more (SOLVER.IMS_PER_BATCH or "
             "dataloader.train.total_batch_size), larger images, or the norm GN, LN or FrozenBN"
         ) from error
+
+
+def set_norms(
+    module: nn.Module, *, eps: float | None = None, momentum: float | None = None
+) -> nn.Module:
+    """Change eps of every norm inside ``module`` and momentum of its batch norms, in place.
+
+    Args:
+        eps, momentum: None leaves them; a batch norm's momentum is the share of the new batch in
+            the running statistics.
+
+    Returns:
+        ``module``.
+    """
+    for each in module.modules():
+        is_batch_norm = isinstance(each, nn.modules.batchnorm._BatchNorm)
+        if eps is not None and (is_batch_norm or isinstance(each, (nn.LayerNorm, nn.GroupNorm))):
+            each.eps = eps
+        if momentum is not None and is_batch_norm:
+            each.momentum = momentum
+    return module

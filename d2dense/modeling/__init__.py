@@ -20,6 +20,7 @@ from .cascade import (
 )
 from .classification import CLASSIFIER_REGISTRY, ImageClassifier, timm_classifier
 from .detr import DeformableDETR
+from .late_stride_resnet import LateStrideResNet
 from .matcher import LOW_QUALITY_MATCHES, AnchorMatcher
 from .region_predictor import RegionPredictor
 from .retinanet import LOSS_NORMALIZERS, BatchRetinaNet
@@ -40,6 +41,7 @@ __all__ = [
     "DeformableDETR",
     "FlexibleCascadeROIHeads",
     "ImageClassifier",
+    "LateStrideResNet",
     "PyramidPooling",
     "RegionPredictor",
     "Segmenter",

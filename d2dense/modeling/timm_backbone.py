@@ -18,7 +18,7 @@ from detectron2.modeling.backbone import BACKBONE_REGISTRY, Backbone
 from torch import Tensor, nn
 
 from d2dense.errors import UserError, nearest
-from d2dense.layers import build_norm
+from d2dense.layers import build_norm, set_norms
 
 __all__ = ["TIMM_NORMS", "TimmBackbone"]
 
@@ -26,12 +26,14 @@ TIMM_NORMS = ("", "FrozenBN", "SyncBN")
 # How timm calls the stages of ConvNeXt, Swin and ResNet; a ResNet's count from 1.
 _STAGE = re.compile(r"(stages|layers|layer)[_.]?(\d+)\.(?:blocks\.)?(\d+|downsample)")
 _BLOCKS_PER_LAYER = 3
+_IMAGE = "res0"
 
 
 @BACKBONE_REGISTRY.register()
 class TimmBackbone(Backbone):
     """Feature maps of a timm model, ``res2`` at stride 4 to ``res5`` at stride 32 (``res<k>`` has
-    stride 2^k), each ``(N, C, Hi, Wi)``.
+    stride 2^k, less where the model dilates instead), each ``(N, C, Hi, Wi)``. ``res0`` is the
+    image itself, for heads that need its size.
 
     Images may have any size; pad them to ``size_divisibility`` for maps that a pyramid can add up.
 
@@ -39,9 +41,15 @@ class TimmBackbone(Backbone):
         name: of the model in timm, such as ``convnext_tiny`` or ``swin_tiny_patch4_window7_224``
         out_indices: which of its feature maps, in timm's numbers: ConvNeXt and Swin have four from
             stride 4 on, ResNet five from stride 2 on
-        out_features: names of those that are returned; None: all
+        out_features: names of those that are returned, ``res0`` too where it is named; None: all
+            of ``out_indices``
         drop_path_rate: of the last block; rises linearly from 0
         norm: what its batch norms become: ``FrozenBN`` or ``SyncBN``; empty: they stay
+        norm_eps, norm_momentum: of its norms, the momentum of batch norms only; None: timm's
+        same_padding: fill up with zeros before each convolution whose stride is its kernel size
+            (ConvNeXt's stem and downsampling), so that sizes are rounded up and no pixel is lost
+        size_divisibility: to what multiple batches are filled up, 0 for none; None: the largest
+            stride
         out_norm: norm of each feature map, such as ``LN``, which ConvNeXt and Swin detectors have;
             empty: none. Levels of ``out_indices`` that are not returned have theirs too, frozen:
             official checkpoints hold it.
@@ -52,6 +60,8 @@ class TimmBackbone(Backbone):
             ``{"depths": [1, 1, 2, 1], "dims": [24, 48, 64, 96]}`` for a small ConvNeXt
     """
 
+    __jit_unused_properties__ = ["num_layers"]  # noqa: RUF012 (TorchScript wants a list)
+
     @configurable
     def __init__(
         self,
@@ -61,6 +71,10 @@ class TimmBackbone(Backbone):
         out_features: Sequence[str] | None = None,
         drop_path_rate: float = 0.0,
         norm: str = "",
+        norm_eps: float | None = None,
+        norm_momentum: float | None = None,
+        same_padding: bool = False,
+        size_divisibility: int | None = None,
         out_norm: str = "",
         pretrained: bool = False,
         weights: str = "",
@@ -77,19 +91,24 @@ class TimmBackbone(Backbone):
             arguments["drop_path_rate"] = drop_path_rate
         self.model = _build(name, out_indices, arguments, pretrained, weights)
         _change_norms(self, norm)
+        set_norms(self.model, eps=norm_eps, momentum=norm_momentum)
+        if same_padding:
+            _pad_like_tensorflow(self.model)
         strides = self.model.feature_info.reduction()
         channels = self.model.feature_info.channels()
-        names = [f"res{round(math.log2(stride))}" for stride in strides]
+        names = _names(strides)
         shapes = {n: ShapeSpec(channels=c, stride=s) for n, c, s in zip(names, channels, strides)}
+        shapes[_IMAGE] = ShapeSpec(channels=3, stride=1)
         wanted = names if out_features is None else list(out_features)
         for each in wanted:
-            if each not in names:
+            if each not in shapes:
                 raise UserError(
                     f"{name} has no feature map {each!r}; expected some of {', '.join(names)} "
                     "(out_features and out_indices / MODEL.TIMM)"
                 )
         self._names = names
-        self._out_features = [each for each in names if each in wanted]
+        self._out_features = [each for each in [_IMAGE, *names] if each in wanted]
+        self._size_divisibility = max(strides) if size_divisibility is None else size_divisibility
         self._shapes = shapes
         self._channels_last = str(getattr(self.model, "output_fmt", "NCHW")).endswith("NHWC")
         self.norms = nn.ModuleDict()
@@ -108,6 +127,10 @@ class TimmBackbone(Backbone):
             "out_features": list(node.OUT_FEATURES) or None,
             "drop_path_rate": node.DROP_PATH,
             "norm": node.NORM,
+            "norm_eps": node.NORM_EPS,
+            "norm_momentum": node.NORM_MOMENTUM,
+            "same_padding": node.SAME_PADDING,
+            "size_divisibility": node.SIZE_DIVISIBILITY,
             "out_norm": node.OUT_NORM,
             "pretrained": node.PRETRAINED,
             "weights": node.WEIGHTS,
@@ -116,13 +139,18 @@ class TimmBackbone(Backbone):
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """Return the feature maps of normalised images ``(N, 3, H, W)``."""
-        maps = {}
+        maps: dict[str, Tensor] = {}
+        if "res0" in self._out_features:
+            maps["res0"] = x
         for name, feature in zip(self._names, self.model(x)):
             if name not in self._out_features:
                 continue
             if self._channels_last:
                 feature = feature.permute(0, 3, 1, 2)
-            maps[name] = self.norms[name](feature) if name in self.norms else feature
+            for level, norm in self.norms.items():  # TorchScript has no lookup by variable
+                if level == name:
+                    feature = norm(feature)
+            maps[name] = feature
         return maps
 
     def output_shape(self) -> dict[str, ShapeSpec]:
@@ -130,7 +158,7 @@ class TimmBackbone(Backbone):
 
     @property
     def size_divisibility(self) -> int:
-        return max(shape.stride for shape in self._shapes.values())
+        return self._size_divisibility
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute activations in backward, in timm's own way.
@@ -255,6 +283,24 @@ def _change_norms(backbone: TimmBackbone, norm: str) -> None:
         backbone.model = freeze_batch_norm_2d(backbone.model)
     elif norm == "SyncBN":
         backbone.model = convert_sync_batchnorm(backbone.model)
+
+
+def _names(strides: Sequence[int]) -> list[str]:
+    """Return ``res<log2 of the stride>``, counted on where dilated stages keep the stride."""
+    levels: list[int] = []
+    for stride in strides:
+        levels.append(max(round(math.log2(stride)), levels[-1] + 1 if levels else 0))
+    return [f"res{level}" for level in levels]
+
+
+def _pad_like_tensorflow(model: nn.Module) -> None:
+    """Let convolutions whose patches do not overlap see the rest at the border too, in place."""
+    from timm.layers import Conv2dSame
+
+    for module in model.modules():
+        if type(module) is nn.Conv2d and module.stride == module.kernel_size != (1, 1):
+            # both keep their state in the attributes of nn.Conv2d; without padding they are equal
+            module.__class__ = Conv2dSame
 
 
 def _stage_blocks(model: nn.Module) -> list[int]:
