@@ -39,7 +39,8 @@ class Segmenter(SemanticSegmentor):
             ``(N, K, >= H, >= W)`` and nothing.
         pixel_mean, pixel_std: of each channel.
         inference: how evaluation goes over an image; None: at once.
-        pad_to: (height, width) that training images are at least filled up to.
+        pad_to, test_pad_to: (height, width) that images are at least filled up to, in training and
+            (windows and scaled images too) in evaluation.
     """
 
     @configurable
@@ -52,6 +53,7 @@ class Segmenter(SemanticSegmentor):
         pixel_std: Sequence[float],
         inference: SemanticInference | None = None,
         pad_to: Sequence[int] | None = None,
+        test_pad_to: Sequence[int] | None = None,
     ):
         super().__init__(
             backbone=backbone,
@@ -60,12 +62,8 @@ class Segmenter(SemanticSegmentor):
             pixel_std=list(pixel_std),
         )
         self.inference = SemanticInference() if inference is None else inference
-        self.pad_to = [0, 0] if pad_to is None else [int(side) for side in pad_to]
-        if len(self.pad_to) != 2:
-            raise UserError(
-                f"MODEL.SEM_SEG_HEAD.PAD_TO / model.pad_to = {self.pad_to}, expected height and "
-                "width in pixels"
-            )
+        self.pad_to = _size("MODEL.SEM_SEG_HEAD.PAD_TO / model.pad_to", pad_to)
+        self.test_pad_to = _size("TEST.SEM_SEG.PAD_TO / model.test_pad_to", test_pad_to)
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
@@ -83,6 +81,7 @@ class Segmenter(SemanticSegmentor):
                 keep_odd=test.KEEP_ODD,
             ),
             "pad_to": list(cfg.MODEL.SEM_SEG_HEAD.PAD_TO) or None,
+            "test_pad_to": list(test.PAD_TO) or None,
         }
 
     @torch.jit.unused
@@ -111,16 +110,16 @@ class Segmenter(SemanticSegmentor):
                 "INPUT.MAPPER semantic / common.semantic_loader"
             )
         labels = [each["sem_seg"].to(self.device) for each in batched_inputs]
-        features = self.backbone(self._batch(images, 0.0))
-        targets = self._batch(labels, self.sem_seg_head.ignore_value)
+        features = self.backbone(self._batch(images, 0.0, self.pad_to))
+        targets = self._batch(labels, self.sem_seg_head.ignore_value, self.pad_to)
         return self.sem_seg_head(features, targets)[1]
 
     def _normalised(self, image: Tensor) -> Tensor:
         return (image.to(self.device) - self.pixel_mean) / self.pixel_std
 
-    def _batch(self, maps: list[Tensor], value: float) -> Tensor:
-        """Return (..., H, W) of several sizes as one batch of one size."""
-        height, width = self.pad_to
+    def _batch(self, maps: list[Tensor], value: float, least: Sequence[int]) -> Tensor:
+        """Return (..., H, W) of several sizes as one batch of one size, at least ``least``."""
+        height, width = least
         filled = [
             F.pad(
                 each,
@@ -152,8 +151,13 @@ class Segmenter(SemanticSegmentor):
 
     def _scores(self, images: Tensor) -> Tensor:
         """Return scores (N, K, H, W) of normalised images (N, 3, H, W)."""
-        batch = ImageList.from_tensors(
-            list(images), self.backbone.size_divisibility, 0.0, self.backbone.padding_constraints
-        )
-        scores, _ = self.sem_seg_head(self.backbone(batch.tensor), None)
+        batch = self._batch(list(images), 0.0, self.test_pad_to)
+        scores, _ = self.sem_seg_head(self.backbone(batch), None)
         return scores[:, :, : images.shape[2], : images.shape[3]]
+
+
+def _size(key: str, value: Sequence[int] | None) -> list[int]:
+    size = [0, 0] if value is None else [int(side) for side in value]
+    if len(size) != 2:
+        raise UserError(f"{key} = {size}, expected height and width in pixels")
+    return size

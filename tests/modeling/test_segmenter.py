@@ -146,6 +146,20 @@ def test_results_have_the_original_size_and_no_padding():
 
 
 @torch.no_grad()
+def test_whole_images_filled_up_to_an_odd_size():
+    model = plain(test_pad_to=[9, 13]).eval()
+    model.backbone.size_divisibility = 1
+    found = model([{"image": picture(8, 12)}])[0]["sem_seg"]
+    seen = model.sem_seg_head.images
+    assert seen.shape == (1, 3, 9, 13)
+    assert torch.equal(seen[0, :, :8, :12], normal(picture(8, 12)))
+    assert int(seen[0, :, 8].count_nonzero() + seen[0, :, :, 12].count_nonzero()) == 0
+    assert torch.equal(found[:3], normal(picture(8, 12)))
+    with pytest.raises(UserError, match=r"TEST\.SEM_SEG\.PAD_TO / model\.test_pad_to = \[9\]"):
+        plain(test_pad_to=[9])
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("inference", [None, SemanticInference(window=[5, 5], multi_scale=True)])
 def test_results_do_not_depend_on_the_rest_of_the_batch(inference):
     model = plain(inference=inference).eval()
@@ -228,6 +242,7 @@ def test_every_key_reaches_the_model():
     head.POOL_SCALES, head.DROPOUT, head.LOSS_WEIGHT, head.IGNORE_VALUE = (1, 4), 0.3, 2.0, 9
     head.AUXILIARY.FEATURE, head.AUXILIARY.CHANNELS = "res4", 20
     head.AUXILIARY.LOSS_WEIGHT, head.PAD_TO = 0.7, (64, 96)
+    test.PAD_TO = (65, 97)
     test.WINDOW, test.STRIDE, test.MAX_WINDOWS, test.MULTI_SCALE = (64, 48), (32, 24), 9, True
     test.RATIOS, test.FLIP, test.AVERAGE, test.KEEP_ODD = (0.5, 2.0), False, "logits", True
     model = config.build_model(cfg)
@@ -238,7 +253,7 @@ def test_every_key_reaches_the_model():
     assert (found.loss_weight, found.auxiliary_loss_weight, found.ignore_value) == (2.0, 0.7, 9)
     assert (found.auxiliary[0].in_channels, found.auxiliary[0].out_channels) == (160, 20)
     assert found.classifier.out_channels == 7
-    assert model.pad_to == [64, 96]
+    assert (model.pad_to, model.test_pad_to) == ([64, 96], [65, 97])
     inference = model.inference
     assert (inference.window, inference.stride, inference.max_windows) == ([64, 48], [32, 24], 9)
     assert (inference.multi_scale, inference.ratios, inference.flip) == (True, [0.5, 2.0], False)
@@ -250,7 +265,7 @@ def test_defaults_of_the_keys_are_the_constructors():
     assert vars(by_key.inference).keys() == vars(SemanticInference()).keys()
     assert str(by_key.inference) == str(SemanticInference())
     default = tiny()
-    assert by_key.pad_to == default.pad_to
+    assert (by_key.pad_to, by_key.test_pad_to) == (default.pad_to, default.test_pad_to)
     for name in ("loss_weight", "auxiliary_loss_weight", "ignore_value"):
         assert getattr(by_key.sem_seg_head, name) == getattr(default.sem_seg_head, name)
     assert by_key.sem_seg_head.auxiliary is None
