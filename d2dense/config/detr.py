@@ -8,12 +8,13 @@ Every call returns a new node.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from detectron2.config import LazyCall as L
 from detectron2.layers import ShapeSpec
 from omegaconf import DictConfig
 
+from d2dense.modeling import mask2former as m2f
 from d2dense.modeling.detr import (
     ChannelMapper,
     DeformableDecoder,
@@ -25,10 +26,15 @@ from d2dense.modeling.detr import (
     PredictionHeads,
 )
 
-__all__ = ["channel_mapper", "deformable_detr"]
+__all__ = ["channel_mapper", "deformable_detr", "mask2former"]
+
+_MEAN = [123.675, 116.28, 103.53]
+_STD = [58.395, 57.12, 57.375]
 
 
-def channel_mapper(*, widths: dict[str, int], channels: int = 256, levels: int = 4) -> DictConfig:
+def channel_mapper(
+    *, widths: Mapping[str, int], channels: int = 256, levels: int = 4
+) -> DictConfig:
     """Return the neck for feature maps of these channels by name, finest first."""
     return L(ChannelMapper)(
         input_shape={name: L(ShapeSpec)(channels=width) for name, width in widths.items()},
@@ -70,7 +76,37 @@ def deformable_detr(
         ),
         criterion=L(DETRCriterion)(matcher=L(HungarianMatcher)(), num_classes="${..num_classes}"),
         num_classes=num_classes,
-        pixel_mean=[123.675, 116.28, 103.53],
-        pixel_std=[58.395, 57.12, 57.375],
+        pixel_mean=_MEAN,
+        pixel_std=_STD,
+        input_format="RGB",
+    )
+
+
+def mask2former(
+    *,
+    backbone: DictConfig,
+    widths: Mapping[str, int],
+    num_classes: int = 80,
+    channels: int = 256,
+) -> DictConfig:
+    """Return Mask2Former for instances; images are RGB.
+
+    Args:
+        widths: channels of the backbone's four maps by name, finest first
+        channels: inside the decoders
+    """
+    return L(m2f.Mask2Former)(
+        backbone=backbone,
+        in_features=list(widths),
+        pixel_decoder=L(m2f.PixelDecoder)(
+            input_shape={name: L(ShapeSpec)(channels=width) for name, width in widths.items()},
+            in_features=list(widths),
+            channels=channels,
+        ),
+        decoder=L(m2f.MaskDecoder)(channels=channels, num_classes="${..num_classes}"),
+        criterion=L(m2f.Mask2FormerCriterion)(num_classes="${..num_classes}"),
+        num_classes=num_classes,
+        pixel_mean=_MEAN,
+        pixel_std=_STD,
         input_format="RGB",
     )

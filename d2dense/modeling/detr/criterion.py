@@ -17,7 +17,16 @@ from d2dense.modeling.box_regression import giou_loss
 from .matcher import HungarianMatcher, Matches
 from .targets import Targets
 
-__all__ = ["DETRCriterion"]
+__all__ = ["DETRCriterion", "mean_over_processes"]
+
+
+def mean_over_processes(number: int, *, device: torch.device) -> Tensor:
+    """Return the mean of each process's ``number``, at least 1, without waiting for the device."""
+    mean = torch.full((), float(number), device=device)
+    if comm.get_world_size() > 1:
+        dist.all_reduce(mean)
+        mean = mean / comm.get_world_size()
+    return mean.clamp(min=1.0)
 
 
 class DETRCriterion(nn.Module):
@@ -58,7 +67,8 @@ class DETRCriterion(nn.Module):
         """
         logits, boxes = logits.float(), boxes.float()  # nothing below is a product of matrices
         matches = self.matcher(logits, boxes, targets)
-        number = self._number(targets, queries=logits.shape[2], device=logits.device)
+        matched = sum(min(count, logits.shape[2]) for count in targets.counts)
+        number = mean_over_processes(matched, device=logits.device)
         distance, overlap = self._box_losses(boxes, targets, matches)
         parts = {
             "loss_cls": self.class_weight / number * self._class_loss(logits, targets, matches),
@@ -71,14 +81,6 @@ class DETRCriterion(nn.Module):
             for name, losses in parts.items()
             for layer, loss in enumerate(losses.unbind())
         }
-
-    def _number(self, targets: Targets, *, queries: int, device: torch.device) -> Tensor:
-        matched = sum(min(count, queries) for count in targets.counts)
-        number = torch.full((), float(matched), device=device)
-        if comm.get_world_size() > 1:
-            dist.all_reduce(number)
-            number = number / comm.get_world_size()
-        return number.clamp(min=1.0)
 
     def _class_loss(self, logits: Tensor, targets: Targets, matches: Matches) -> Tensor:
         """Return the sum over images, queries and classes, ``(D,)``."""

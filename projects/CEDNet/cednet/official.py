@@ -31,10 +31,10 @@ _NEXT = ("next_tiny", "next_small", "next_base")
 class _Kind(NamedTuple):
     """What the official code builds on a trunk, and on which ones.
 
-    ``build`` takes a trunk's name; None where we have only the backbone.
+    ``build`` takes a trunk's name.
     """
 
-    build: Callable[[str], nn.Module] | None
+    build: Callable[[str], nn.Module]
     trunks: tuple[str, ...]
 
 
@@ -76,7 +76,7 @@ _KINDS = {
     "full_deformable_detr": _Kind(
         _detector(partial(detr.deformable_detr, in_features=_DETR), _DETR), (*_NEXT, "res50")
     ),
-    "full_mask2former": _Kind(None, ("next_tiny",)),
+    "full_mask2former": _Kind(models.mask2former, ("next_tiny",)),
 }
 _BUILDERS = {
     f"{name}_{trunk}": (kind.build, trunk) for name, kind in _KINDS.items() for trunk in kind.trunks
@@ -88,12 +88,12 @@ VARIANTS: tuple[str, ...] = tuple(_BUILDERS)
 def load(variant: str, state_dict: Mapping[str, Tensor]) -> nn.Module:
     """Return an official model in eval mode with its weights.
 
-    The whole detectors, ``full_retinanet_*``, ``full_mask_rcnn_*``, ``full_cascade_mask_rcnn_*``
-    and ``full_deformable_detr_*``, are Detectron2 models for 80 classes: they take its batches,
-    with RGB images, and return its results. All others take a normalised float image batch
-    ``(N, 3, H, W)`` and return, for ``cls_*``, the scores ``(N, 1000)`` of all stages as a list;
-    for ``det_*`` and ``seg_*``, the tuple of feature maps in the official order; for
-    ``full_upernet_*``, a dict of ``decode_logits`` and ``aux_logits`` before they are enlarged.
+    The whole detectors, ``full_retinanet_*``, ``full_mask_rcnn_*``, ``full_cascade_mask_rcnn_*``,
+    ``full_deformable_detr_*`` and ``full_mask2former_*``, are Detectron2 models for 80 classes:
+    they take its batches, with RGB images, and return its results. All others take a normalised
+    float image batch ``(N, 3, H, W)`` and return, for ``cls_*``, the scores ``(N, 1000)`` of all
+    stages as a list; for ``det_*`` and ``seg_*``, the tuple of feature maps in the official order;
+    for ``full_upernet_*``, a dict of ``decode_logits`` and ``aux_logits`` before they are enlarged.
 
     Args:
         variant: one of :data:`VARIANTS`.
@@ -132,8 +132,6 @@ def build(variant: str) -> nn.Module:
     if variant not in _BUILDERS:
         raise UserError(f"unknown official model {variant!r}{nearest(variant, VARIANTS)}")
     builder, trunk = _BUILDERS[variant]
-    if builder is None:
-        raise UserError(f"the official model {variant!r} is not supported yet, only its backbone")
     return builder(trunk)
 
 

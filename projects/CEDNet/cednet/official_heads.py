@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from d2dense.errors import UserError
 from d2dense.modeling.detr import DeformableDETR
+from d2dense.modeling.mask2former import Mask2Former
 
 __all__ = ["CLASS_KEYS", "HEADS", "Layout", "layouts"]
 
@@ -35,6 +36,7 @@ CLASS_KEYS = {
         "MODEL.ROI_HEADS.NUM_CLASSES (yaml) or model.roi_heads.num_classes (lazy)"
     ),
     r"bbox_head\.cls_branches\.": "MODEL.DETR.NUM_CLASSES (yaml) or model.num_classes (lazy)",
+    r"panoptic_head\.cls_embed\.": "model.num_classes (lazy)",
     r"(decode|auxiliary)_head\.conv_seg\.": (
         "MODEL.SEM_SEG_HEAD.NUM_CLASSES (yaml) or model.sem_seg_head.num_classes (lazy)"
     ),
@@ -103,22 +105,66 @@ def _deformable_detr(model: DeformableDETR) -> dict[str, str]:
         "queries.embedding": f"{head}.query_embedding",
         "queries.reference_points": f"{transformer}.reference_points",
     }
-    perceptron = {"ffn.linear1": "ffns.0.layers.0.0", "ffn.linear2": "ffns.0.layers.1"}
-    encoder = {"attention": "attentions.0", **perceptron}
     decoder = {"self_attention": "attentions.0.attn", "cross_attention": "attentions.1"}
-    for name, norms, names in (("encoder", 2, encoder), ("decoder", 3, decoder | perceptron)):
-        names = names | {f"norm{k + 1}": f"norms.{k}" for k in range(norms)}
-        for i in range(len(getattr(model, name).layers)):
-            for ours, theirs in names.items():
-                parts[f"{name}.layers.{i}.{ours}"] = f"{transformer}.{name}.layers.{i}.{theirs}"
+    for name, attentions in (("encoder", _ENCODER), ("decoder", decoder)):
+        layers = _layers(getattr(model, name).layers, attentions)
+        parts |= {f"{name}.{k}": f"{transformer}.{name}.{v}" for k, v in layers.items()}
     for i in range(len(model.heads.classes)):
         parts[f"heads.classes.{i}"] = f"{head}.cls_branches.{i}"
         parts[f"heads.boxes.{i}.layers"] = f"{head}.reg_branches.{i}"
     return parts
 
 
+def _mask2former(model: Mask2Former) -> dict[str, str]:
+    head = "panoptic_head"
+    pixels = f"{head}.pixel_decoder"
+    parts = {
+        "pixel_decoder.encoder.level_embedding": f"{pixels}.level_encoding.weight",
+        "pixel_decoder.mask_features": f"{pixels}.mask_feature",
+        "decoder.content": f"{head}.query_feat",
+        "decoder.position": f"{head}.query_embed",
+        "decoder.level": f"{head}.level_embed",
+        "decoder.norm": f"{head}.transformer_decoder.post_norm",
+        "decoder.classes": f"{head}.cls_embed",
+        "decoder.masks": f"{head}.mask_embed",
+    }
+    convs = {f"inputs.{i}": f"input_convs.{i}" for i in range(len(model.pixel_decoder.inputs))}
+    for ours, theirs in (
+        convs | {"lateral": "lateral_convs.0", "output": "output_convs.0"}
+    ).items():
+        for kind in ("weight", "bias"):
+            parts[f"pixel_decoder.{ours}.{kind}"] = f"{pixels}.{theirs}.conv.{kind}"
+        parts[f"pixel_decoder.{ours}.norm"] = f"{pixels}.{theirs}.gn"
+    encoder = _layers(model.pixel_decoder.encoder.layers, _ENCODER)
+    parts |= {f"pixel_decoder.encoder.{k}": f"{pixels}.encoder.{v}" for k, v in encoder.items()}
+    attentions = {"cross_attention": "attentions.0.attn", "self_attention": "attentions.1.attn"}
+    decoder = _layers(model.decoder.layers, attentions)
+    return parts | {f"decoder.{k}": f"{head}.transformer_decoder.{v}" for k, v in decoder.items()}
+
+
+_ENCODER = {"attention": "attentions.0"}
+
+
+def _layers(layers: nn.ModuleList, attentions: dict[str, str]) -> dict[str, str]:
+    """Return the names of transformer layers, given those of their attentions, one norm after each
+    and after the perceptron.
+    """
+    names = {
+        **attentions,
+        "ffn.linear1": "ffns.0.layers.0.0",
+        "ffn.linear2": "ffns.0.layers.1",
+        **{f"norm{k + 1}": f"norms.{k}" for k in range(len(attentions) + 1)},
+    }
+    return {
+        f"layers.{i}.{ours}": f"layers.{i}.{theirs}"
+        for i in range(len(layers))
+        for ours, theirs in names.items()
+    }
+
+
 HEADS: dict[type, Callable[[nn.Module], dict[str, str]]] = {
     DeformableDETR: _deformable_detr,
+    Mask2Former: _mask2former,
     RetinaNet: _retinanet,
     RPN: _rpn,
     StandardROIHeads: _regions,

@@ -5,6 +5,7 @@ backbones, segmenters and whole detectors.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from detectron2.config import LazyCall as L
@@ -12,6 +13,7 @@ from detectron2.config import instantiate
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
+from d2dense.config import detr
 from d2dense.modeling.upernet import UperNetHead
 
 from .backbone import CEDNet
@@ -26,6 +28,7 @@ __all__ = [
     "classifier",
     "detector",
     "features",
+    "mask2former",
     "segmentation_features",
     "segmenter",
     "trunk",
@@ -155,3 +158,10 @@ def detector(
         size_divisibility=_DETECTOR_DIVISIBILITY,
     )
     return instantiate(node(backbone=backbone))
+
+
+def mask2former(name: str) -> nn.Module:
+    """Return Mask2Former for the instances of COCO."""
+    levels = ("c2", "c3", "c4", "c5")
+    widths = dict(zip(levels, TRUNKS[name][1]["widths"]))
+    return detector(name, node=partial(detr.mask2former, widths=widths), out_features=levels)
