@@ -12,6 +12,7 @@ import os
 import platform
 import statistics
 import time
+import traceback
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -138,13 +139,17 @@ def peak_memory(call: Callable[[], Any]) -> int:
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
-        # the thread pool does not survive a fork, so the child computes on one thread
-        torch.set_num_threads(1)
-        restart_process_peak()
-        before = process_memory("VmRSS")
-        call()
-        os.write(write, str(process_memory("VmHWM") - before).encode())
-        os._exit(0)
+        try:
+            # the thread pool does not survive a fork, so the child computes on one thread
+            torch.set_num_threads(1)
+            restart_process_peak()
+            before = process_memory("VmRSS")
+            call()
+            os.write(write, str(process_memory("VmHWM") - before).encode())
+        except BaseException:
+            traceback.print_exc()  # it must not return into the parent's program
+        finally:
+            os._exit(0)
     os.close(write)
     with os.fdopen(read) as pipe:
         text = pipe.read()
