@@ -16,6 +16,7 @@ from detectron2.structures import Boxes, ImageList
 from torch import Tensor, nn
 
 from d2dense.errors import UserError
+from d2dense.modeling.classification import ImageClassifier
 from d2dense.modeling.detr import DeformableDETR
 
 from .devices import ANCHOR
@@ -56,6 +57,12 @@ SEM_SEG = Output(
     dtype="float32",
     meaning="score of each class at each pixel of the given image; the largest one wins",
 )
+CLASS_SCORES = Output(
+    name="scores",
+    shape=("K",),
+    dtype="float32",
+    meaning="probability of each class for the whole image",
+)
 
 
 class Adapter(nn.Module):
@@ -65,7 +72,7 @@ class Adapter(nn.Module):
     that the model was trained for; it may lie on another device than the model.
 
     Attributes:
-        task: ``detection`` or ``semantic``.
+        task: ``detection``, ``semantic`` or ``classification``.
         outputs: what the tuple holds, in order.
         instance_fields: fields of ``Instances`` and their types, which scripting needs.
     """
@@ -155,6 +162,19 @@ class _SemanticAdapter(Adapter):
         return (scores[0, :, : image.shape[1], : image.shape[2]],)
 
 
+class _ClassAdapter(Adapter):
+    """Classifiers of whole images."""
+
+    task = "classification"
+    outputs = (CLASS_SCORES,)
+
+    def forward(self, image: Tensor) -> tuple[Tensor]:
+        normal = (image.to(self.model.pixel_mean) - self.model.pixel_mean) / self.model.pixel_std
+        scores = self.model.network(normal[None])
+        assert isinstance(scores, Tensor)  # in training, a network may score several times
+        return (scores[0].float().softmax(0),)
+
+
 def _adapt_rcnn(model: GeneralizedRCNN) -> Adapter:
     if type(model).inference is not GeneralizedRCNN.inference:
         raise UserError(
@@ -172,6 +192,7 @@ _ADAPTERS: dict[type, Callable[[Any], Adapter]] = {
     GeneralizedRCNN: _adapt_rcnn,
     DenseDetector: _DenseAdapter,
     DeformableDETR: _QueryAdapter,
+    ImageClassifier: _ClassAdapter,
     SemanticSegmentor: _SemanticAdapter,
 }
 

@@ -91,6 +91,8 @@ class ExportedDetector(nn.Module):
         outputs = self.run(image)
         if self.metadata["task"] == "semantic":
             return {"sem_seg": sem_seg_postprocess(outputs["sem_seg"], size, height, width)}
+        if self.metadata["task"] == "classification":
+            return {"class_scores": outputs["scores"]}
         found = Instances(
             size,
             pred_boxes=Boxes(outputs["boxes"]),

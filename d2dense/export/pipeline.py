@@ -88,7 +88,8 @@ def export(
     if sample_image is not None and not Path(sample_image).is_file():
         raise UserError(f"--sample-image {sample_image} does not exist")
     predictor = Predictor(config_or_name, weights, device="cpu", overrides=overrides)
-    classes = "stuff_classes" if adapt(predictor.model).task == "semantic" else "thing_classes"
+    kinds = {"detection": "thing", "semantic": "stuff", "classification": "image"}
+    classes = f"{kinds[adapt(predictor.model).task]}_classes"
     picture = _scene() if sample_image is None else sample_image
     return export_model(
         predictor.model,

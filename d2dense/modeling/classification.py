@@ -113,6 +113,7 @@ class ImageClassifier(nn.Module):
     def device(self) -> torch.device:
         return self.pixel_mean.device
 
+    @torch.jit.unused  # exported files hold the network alone
     def forward(
         self, batched_inputs: Sequence[Mapping[str, Any]]
     ) -> dict[str, Tensor] | list[dict[str, Tensor]]:

@@ -21,6 +21,7 @@ from d2dense.config import detectors
 from d2dense.engine.experiment import experiment
 from d2dense.engine.train_net import main
 from d2dense.errors import UserError
+from d2dense.export import export_model
 from d2dense.inference import Predictor
 from d2dense.modeling import ImageClassifier
 from tests.projects.fscascade.test_configs import optimizer_groups
@@ -331,6 +332,19 @@ def test_evaluation_and_prediction_give_the_same_again(run, stripes, tmp_path, c
     written = json.loads((out / "predictions.json").read_text())["images"][0]["classes"]
     assert [each["name"] for each in written] == names
     assert (out / path.name).is_file()
+
+
+@pytest.mark.parametrize("method", ["trace", "script"])
+def test_the_exported_file_scores_as_the_predictor(run, stripes, tmp_path, method):
+    predictor = Predictor(
+        TINY, weights=str(run / "model_final.pth"), overrides=overrides("lazy", stripes, tmp_path)
+    )
+    picture = str(stripes / "val" / "left" / "3.png")
+    image = predictor.preprocess(picture)["image"]
+    found = export_model(predictor.model, image, output_dir=tmp_path / "exported", method=method)
+    (scores,) = torch.jit.load(str(found.path))(image)
+    assert torch.allclose(scores, predictor(picture)["class_scores"], atol=1e-6)
+    assert json.loads(found.metadata_path.read_text())["task"] == "classification"
 
 
 @pytest.mark.long
