@@ -1,5 +1,5 @@
-"""The baseline of retinanet_cednet_tiny_shapes: a small ConvNeXt under a feature pyramid, of the same
-cost (0.080 GMAC at 160 x 160, CEDNet's 0.081).
+"""The baseline of retinanet_cednet_tiny_shapes: a small ConvNeXt under a feature pyramid, of the
+same cost (0.080 GMAC at 160 x 160, CEDNet's 0.081).
 """
 
 from d2dense.config import detectors
