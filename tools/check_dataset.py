@@ -42,6 +42,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         action="store_true",
         help="label maps count classes from 1; 0 is no class",
     )
+    parser.add_argument("--label-table", default="", help="what the values of label maps mean")
+    parser.add_argument("--split", default="", help="file with the names of the images to use")
     parser.add_argument("--task", default="instance", help="cityscapes: instance or semantic")
     parser.add_argument("--masks", action="store_true", help="masks are needed")
     parser.add_argument("--fast", action="store_true", help="read only the headers of the images")
@@ -78,6 +80,8 @@ def names_of(args: argparse.Namespace) -> tuple[list[str], bool | None]:
         "classes": args.classes,
         "ignore_label": args.ignore_label,
         "reduce_zero_label": args.reduce_zero_label,
+        "label_table": args.label_table,
+        "split": args.split,
         "task": args.task,
     }
     if not (args.json or args.images):

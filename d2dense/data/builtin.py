@@ -6,6 +6,8 @@ stay. ``shapes_train``, ``shapes_val``, their ``_sem_seg`` twins and ``shapes_ob
 object as a picture, for classifiers) are generated on first use in
 ``$DETECTRON2_DATASETS/shapes``. ``imagenet_1k_*`` is read from a folder per class.
 ``ade20k_sem_seg_*`` read ADE20K's own files, whose classes count from 1, instead of converted ones.
+``pascal_context_sem_seg_*`` (59 classes) and ``coco_stuff_164k_sem_seg_*`` (171) too read the files
+as they are published; :mod:`.label_tables` says what their values mean.
 """
 
 from __future__ import annotations
@@ -18,13 +20,15 @@ from typing import Any
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import builtin_meta  # its package registers Detectron2's names
 
-from . import cityscapes, coco_format, folders, image_folder, shapes
+from . import cityscapes, coco_format, folders, image_folder, label_tables, shapes
 
 __all__ = [
     "dataset_root",
     "register_ade20k",
     "register_cityscapes",
+    "register_coco_stuff",
     "register_imagenet",
+    "register_pascal_context",
     "register_shapes",
 ]
 
@@ -136,6 +140,69 @@ def register_ade20k(root: str | Path) -> None:
         )
 
 
+def register_pascal_context(root: str | Path) -> None:
+    """Register Pascal Context's 59 classes with the layout of ``VOCdevkit/VOC2010``; its label
+    maps (0: everything else) are in ``SegmentationClassContext``.
+    """
+    root = Path(root, "VOCdevkit", "VOC2010")
+    for split in ("train", "val"):
+        _add_table_set(
+            f"pascal_context_sem_seg_{split}",
+            images=root / "JPEGImages",
+            labels=root / "SegmentationClassContext",
+            table=label_tables.get("pascal_context"),
+            split=str(root / "ImageSets" / "SegmentationContext" / f"{split}.txt"),
+        )
+
+
+def register_coco_stuff(root: str | Path) -> None:
+    """Register COCO-Stuff-164k's 171 classes with the layout ``coco/{train,val}2017`` and
+    ``coco/stuffthingmaps/{train,val}2017``.
+    """
+    root, table = Path(root, "coco"), label_tables.get("coco_stuff")
+    # predictions are submitted by COCO's ids, which are the files' values plus 1
+    ids = {value + 1: k for value, k in table.values.items() if k is not None}
+    for split in ("train", "val"):
+        _add_table_set(
+            f"coco_stuff_164k_sem_seg_{split}",
+            images=root / f"{split}2017",
+            labels=root / "stuffthingmaps" / f"{split}2017",
+            table=table,
+            stuff_dataset_id_to_contiguous_id=ids,
+        )
+
+
+def _add_table_set(
+    name: str,
+    *,
+    images: Path,
+    labels: Path,
+    table: label_tables.LabelTable,
+    split: str = "",
+    **metadata,
+) -> None:
+    loader = functools.partial(
+        folders.load_semantic_folder,
+        str(images),
+        str(labels),
+        num_classes=table.num_classes,
+        label_table=table.name,
+        split=split,
+    )
+    _add(
+        name,
+        loader,
+        image_root=str(images),
+        sem_seg_root=str(labels),
+        stuff_classes=list(table.classes),
+        ignore_label=255,
+        label_table=table.name,
+        split_file=split,
+        evaluator_type="sem_seg",
+        **metadata,
+    )
+
+
 def register_imagenet(root: str | Path) -> None:
     """Register ``imagenet_1k_train`` and ``imagenet_1k_val`` with a folder per class in
     ``imagenet/train`` and ``imagenet/val``. The names of the classes are known without them.
@@ -159,4 +226,6 @@ def _load_imagenet(images: str) -> list[dict[str, Any]]:
 register_shapes(dataset_root() / "shapes")
 register_cityscapes(dataset_root())
 register_ade20k(dataset_root())
+register_pascal_context(dataset_root())
+register_coco_stuff(dataset_root())
 register_imagenet(dataset_root())

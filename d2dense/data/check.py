@@ -224,6 +224,8 @@ def check_dataset(
             classes=metadata.stuff_classes,
             ignore_label=metadata.get("ignore_label", 255),
             reduce_zero_label=metadata.get("reduce_zero_label", False),
+            label_table=metadata.get("label_table", ""),
+            split=metadata.get("split_file", ""),
             name=name,
             **metadata.get("suffixes", {}),
             **options,
@@ -251,6 +253,7 @@ def _check_records(name: str, *, decode: bool, workers: int) -> Report:
             pairs,
             classes=metadata.stuff_classes,
             ignore_label=metadata.get("ignore_label", 255),
+            label_table=records[0].get("sem_seg_label_table", ""),
             decode=decode,
             workers=workers,
         )

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
 from . import folders
 from .check import ImageFile, Report, check_images
-from .reading import SampleError, read_label_map, reduce_zero_label
+from .reading import SampleError, read_label_map, to_classes
 
 __all__ = ["check_folders", "check_pairs"]
 
@@ -23,6 +23,8 @@ def check_folders(
     classes: Sequence[str],
     ignore_label: int = 255,
     reduce_zero_label: bool = False,
+    label_table: str = "",
+    split: str = "",
     image_suffix: str = "",
     label_suffix: str = ".png",
     name: str = "",
@@ -34,7 +36,7 @@ def check_folders(
     """
     report = Report(name or str(images))
     pairs, without_label, without_image = folders.pair_files(
-        images, labels, image_suffix=image_suffix, label_suffix=label_suffix
+        images, labels, image_suffix=image_suffix, label_suffix=label_suffix, split=split
     )
     for path in without_label:
         report.add("warning", "images without a label map (left out)", path)
@@ -48,6 +50,7 @@ def check_folders(
         classes=classes,
         ignore_label=ignore_label,
         reduces_zero=reduce_zero_label,
+        label_table=label_table,
         decode=decode,
         workers=workers,
     )
@@ -61,11 +64,18 @@ def check_pairs(
     classes: Sequence[str],
     ignore_label: int,
     reduces_zero: bool = False,
+    label_table: str = "",
     decode: bool,
     workers: int,
 ) -> None:
     """Check (picture, label map) files: readable, of one size, and with labels that exist."""
-    count = functools.partial(_count_labels, ignore_label if reduces_zero else None)
+    read = functools.partial(
+        to_classes,
+        ignore_label=ignore_label,
+        reduces_zero=reduces_zero,
+        label_table=label_table,
+    )
+    count = functools.partial(_count_labels, read)
     sizes = check_images(
         report, [ImageFile(image) for image, _ in pairs], decode=decode, workers=workers
     )
@@ -100,17 +110,15 @@ def check_pairs(
 
 
 def _count_labels(
-    ignore_label: int | None, path: str
+    read: Callable[[np.ndarray, str], np.ndarray], path: str
 ) -> tuple[tuple[int, int], dict[int, int]] | str:
-    """Return the size (height, width) and the pixels of each label, or what is wrong; with an
-    ``ignore_label`` the file counts classes from 1.
+    """Return the size (height, width) and the pixels of each class, or what is wrong; ``read``
+    turns values of the file ``path`` into classes.
     """
     try:
-        labels = read_label_map(path)
+        labels = read(read_label_map(path), path)
     except SampleError as error:
         return str(error)
-    if ignore_label is not None:
-        labels = reduce_zero_label(labels, ignore_label)
     values, counts = np.unique(labels, return_counts=True)
     return labels.shape, dict(zip(values.tolist(), counts.tolist()))
 

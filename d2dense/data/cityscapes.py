@@ -5,6 +5,7 @@ files with numpy alone, so neither shapely nor a particular version of cityscape
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,8 @@ STUFF = (
 # The last eight are also annotated one by one.
 THINGS = STUFF[11:]
 
+# Label maps by preference, and their tables (label_tables.py).
+_LABEL_TABLES = {"labelTrainIds": "cityscapes_train_ids", "labelIds": "cityscapes_label_ids"}
 _IMAGE_ENDING = "_leftImg8bit.png"
 # Above this many images reading is shared by several processes.
 _MANY_FILES = 100
@@ -60,29 +63,40 @@ def metadata(task: str) -> dict[str, Any]:
 
 
 def load_semantic(image_dir: str, gt_dir: str) -> list[dict[str, Any]]:
-    """Return records with ``labelTrainIds`` maps (0-18, 255 for no class).
+    """Return records with label maps: ``labelTrainIds`` where all images have one (csCreateTrain-
+    IdLabelImgs of cityscapesScripts makes them), else the ``labelIds`` of the official download;
+    both are read as classes 0 to 18 and 255.
 
     Raises:
         UserError: no images, or a label map is missing.
     """
-    records = []
-    for image, stem in _images(image_dir):
-        labels = Path(gt_dir, f"{stem}_gtFine_labelTrainIds.png")
-        if not labels.is_file():
-            raise UserError(
-                f"{labels} does not exist; make these files with cityscapesScripts: "
-                "CITYSCAPES_DATASET=<folder> csCreateTrainIdLabelImgs"
-            )
-        records.append(
-            {
-                "file_name": str(image),
-                "sem_seg_file_name": str(labels),
-                "image_id": image.name,
-                "sem_seg_ignore_label": 255,
-                "sem_seg_classes": len(STUFF),
-            }
-        )
-    return records
+    images = _images(image_dir)
+    files, table = _label_maps(Path(gt_dir), [stem for _, stem in images])
+    return [
+        {
+            "file_name": str(image),
+            "sem_seg_file_name": str(labels),
+            "image_id": image.name,
+            "sem_seg_ignore_label": 255,
+            "sem_seg_classes": len(STUFF),
+            "sem_seg_label_table": table,
+        }
+        for (image, _), labels in zip(images, files)
+    ]
+
+
+def _label_maps(gt_dir: Path, stems: Sequence[str]) -> tuple[list[Path], str]:
+    """Return the label maps of images by preference of kind, and the name of their table."""
+    for kind, table in _LABEL_TABLES.items():
+        files = [gt_dir / f"{stem}_gtFine_{kind}.png" for stem in stems]
+        missing = [path for path in files if not path.is_file()]
+        if not missing:
+            return files, table
+    raise UserError(
+        f"{missing[0]} does not exist, nor has every image a labelTrainIds map; check the folder "
+        f"{gt_dir}, or make the maps from the polygons with cityscapesScripts: "
+        "CITYSCAPES_DATASET=<folder> csCreateTrainIdLabelImgs"
+    )
 
 
 def load_instances(image_dir: str, gt_dir: str) -> list[dict[str, Any]]:

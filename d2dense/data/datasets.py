@@ -13,7 +13,7 @@ import functools
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,6 +23,7 @@ from d2dense.errors import UserError, nearest
 
 from . import cityscapes, coco_format, folders, image_folder
 from .child import call_in_child
+from .dataset_spec import DatasetSpec
 from .records import Layout, Records, RecordsFile, once_per_machine
 
 __all__ = [
@@ -41,80 +42,16 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _PREFIX = "custom_"
-_KINDS = ("coco", "lvis", "cityscapes", "sem_seg", "image_folder")
-_TASKS = ("instance", "semantic")
 # Metadata entries that are files or folders which must exist before a dataset is read.
-_FILE_KEYS = ("json_file", "image_root", "image_dir", "gt_dir", "sem_seg_root", "panoptic_root")
-
-
-@dataclass(frozen=True, kw_only=True)
-class DatasetSpec:
-    """Where a dataset is and how to read it.
-
-    Attributes:
-        kind: ``coco`` (boxes or masks), ``lvis``, ``cityscapes``, ``sem_seg`` or ``image_folder``
-            (a folder per class); by default ``coco`` where a json is given and ``sem_seg`` where
-            labels are.
-        json: annotation file of ``coco`` and ``lvis``.
-        images: folder of the pictures; for ``cityscapes`` a split such as ``leftImg8bit/train``,
-            for ``image_folder`` the folder that holds the classes' folders.
-        labels: folder of the label maps; for ``cityscapes`` a split such as ``gtFine/train``.
-        classes: class names of ``sem_seg`` in the order of their numbers, or a file with them (a
-            json list, or a text file with one name per line).
-        ignore_label: pixels with this number have no class (``sem_seg``); None takes the
-            ``ignore_label`` of a json file of classes, or 255.
-        reduce_zero_label: the label maps of ``sem_seg`` count classes from 1, and 0 is no class (as
-            in ADE20K).
-        image_suffix: ending of the pictures' names; empty takes every usual image file.
-        label_suffix: ending of the label maps' names, which replaces the picture's ending.
-        task: what to read from ``cityscapes``: ``instance`` or ``semantic``.
-    """
-
-    kind: str = ""
-    json: str = ""
-    images: str = ""
-    labels: str = ""
-    classes: str | tuple[str, ...] = ()
-    ignore_label: int | None = None
-    reduce_zero_label: bool = False
-    image_suffix: str = ""
-    label_suffix: str = ".png"
-    task: str = "instance"
-
-    def __post_init__(self) -> None:
-        for name in ("json", "images", "labels"):
-            object.__setattr__(self, name, os.path.expanduser(str(getattr(self, name) or "")))
-        classes = self.classes
-        if not isinstance(classes, (str, Path)):
-            object.__setattr__(self, "classes", tuple(str(name) for name in classes or ()))
-        if not self.kind:
-            is_folder = self.labels and not self.json
-            object.__setattr__(self, "kind", "sem_seg" if is_folder else "coco")
-
-    def check(self, where: str) -> None:
-        """Raise a UserError for entries that contradict each other; ``where`` names the slot."""
-        if self.kind not in _KINDS:
-            raise UserError(
-                f"{where}: kind = {self.kind!r}, expected one of {', '.join(_KINDS)}"
-                f"{nearest(self.kind, _KINDS)}"
-            )
-        if self.task not in _TASKS:
-            raise UserError(f"{where}: task = {self.task!r}, expected 'instance' or 'semantic'")
-        is_json = self.kind in ("coco", "lvis")
-        needed = ("json", "images") if is_json else ("images", "labels")
-        if self.kind == "sem_seg":
-            needed += ("classes",)
-        if self.kind == "image_folder":
-            needed = ("images",)
-        for name in needed:
-            if not getattr(self, name):
-                raise UserError(f"{where}: a {self.kind} dataset needs {name!r}; it is not set")
-        if self.kind != "sem_seg" and self.classes:
-            raise UserError(
-                f"{where}: 'classes' is only for sem_seg; a {self.kind} dataset has its own names"
-            )
-        if self.kind != "sem_seg" and self.reduce_zero_label:
-            raise UserError(f"{where}: 'reduce_zero_label' is only for sem_seg, not {self.kind}")
+_FILE_KEYS = (
+    "json_file",
+    "image_root",
+    "image_dir",
+    "gt_dir",
+    "sem_seg_root",
+    "panoptic_root",
+    "split_file",
+)
 
 
 def register(name: str, spec: DatasetSpec, *, where: str = "") -> None:
@@ -167,19 +104,24 @@ def _folder_reader(spec: DatasetSpec, where: str) -> tuple[Callable, dict[str, A
         "evaluator_type": "sem_seg",
         "ignore_label": ignore_label,
         "reduce_zero_label": spec.reduce_zero_label,
+        "label_table": spec.label_table,
+        "split_file": spec.split,
         "suffixes": {"image_suffix": spec.image_suffix, "label_suffix": spec.label_suffix},
     }
     if not isinstance(spec.classes, tuple):
         metadata["class_file"] = str(spec.classes)
-    if isinstance(spec.classes, tuple) or os.path.isfile(spec.classes):
-        metadata["stuff_classes"] = folders.class_names(spec.classes, where)
+    names = spec.class_names(where)
+    if names is not None:
+        metadata["stuff_classes"] = names
     loader = functools.partial(
         folders.load_semantic_folder,
         spec.images,
         spec.labels,
         ignore_label=ignore_label,
-        num_classes=len(metadata["stuff_classes"]) if "stuff_classes" in metadata else None,
+        num_classes=None if names is None else len(names),
         reduce_zero_label=spec.reduce_zero_label,
+        label_table=spec.label_table,
+        split=spec.split,
         **metadata["suffixes"],
     )
     return loader, metadata

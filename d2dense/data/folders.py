@@ -65,22 +65,53 @@ def ignore_label(classes: str | Path | tuple[str, ...], where: str) -> int:
 
 
 def pair_files(
-    images: str, labels: str, *, image_suffix: str = "", label_suffix: str = ".png"
+    images: str,
+    labels: str,
+    *,
+    image_suffix: str = "",
+    label_suffix: str = ".png",
+    split: str = "",
 ) -> tuple[list[tuple[str, str]], list[str], list[str]]:
     """Match pictures and label maps by their path below the folders, endings aside.
+
+    Args:
+        split: a text file with the paths that belong to the data set, one per line and without
+            endings; empty: all do.
 
     Returns:
         Pairs (picture, label map) sorted by path; pictures without a label map; label maps without
         a picture.
+
+    Raises:
+        UserError: the list cannot be read, or names what is in neither folder.
     """
     found = _files(images, (image_suffix,) if image_suffix else IMAGE_SUFFIXES)
     maps = _files(labels, (label_suffix,))
+    if split:
+        names = _listed(split)
+        absent = sorted(names - found.keys() - maps.keys())
+        if absent:
+            raise UserError(
+                f"{split} lists {absent[0]} ({len(absent)} of {len(names)} such names), but there "
+                f"is no such picture in {images} and no such label map in {labels}"
+            )
+        found = {stem: path for stem, path in found.items() if stem in names}
+        maps = {stem: path for stem, path in maps.items() if stem in names}
     pairs = [(found[stem], maps[stem]) for stem in sorted(found.keys() & maps.keys())]
     return (
         pairs,
         [found[stem] for stem in sorted(found.keys() - maps.keys())],
         [maps[stem] for stem in sorted(maps.keys() - found.keys())],
     )
+
+
+def _listed(path: str) -> set[str]:
+    try:
+        lines = Path(path).expanduser().read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "it is not text in UTF-8"
+        raise UserError(f"cannot read the list of images {path}: {reason}") from None
+    return {line.strip() for line in lines if line.strip()}
 
 
 def _files(root: str, suffixes: tuple[str, ...]) -> dict[str, str]:
@@ -104,18 +135,22 @@ def load_semantic_folder(
     ignore_label: int = 255,
     num_classes: int | None = None,
     reduce_zero_label: bool = False,
+    label_table: str = "",
+    split: str = "",
 ) -> list[dict[str, Any]]:
     """Return the records of two folders; pictures without a label map are left out with a warning.
 
     Args:
         num_classes: with it, a label map that holds another class is a bad sample.
         reduce_zero_label: the label maps count classes from 1, and 0 is no class.
+        label_table: what their values mean otherwise, see :mod:`d2dense.data.label_tables`.
+        split: see :func:`pair_files`.
 
     Raises:
-        UserError: no picture has a label map.
+        UserError: a list that does not fit, or no picture has a label map.
     """
     pairs, without_label, _ = pair_files(
-        images, labels, image_suffix=image_suffix, label_suffix=label_suffix
+        images, labels, image_suffix=image_suffix, label_suffix=label_suffix, split=split
     )
     if not pairs:
         raise UserError(
@@ -138,6 +173,7 @@ def load_semantic_folder(
             "sem_seg_ignore_label": ignore_label,
             **({} if num_classes is None else {"sem_seg_classes": num_classes}),
             **({"sem_seg_reduce_zero_label": True} if reduce_zero_label else {}),
+            **({"sem_seg_label_table": label_table} if label_table else {}),
         }
         for image, label in pairs
     ]

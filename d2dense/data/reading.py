@@ -16,6 +16,8 @@ from PIL import Image, ImageFile, UnidentifiedImageError
 
 from d2dense.errors import UserError
 
+from . import label_tables
+
 __all__ = [
     "RejectedSample",
     "SampleError",
@@ -25,6 +27,7 @@ __all__ = [
     "read_sem_seg",
     "read_size",
     "reduce_zero_label",
+    "to_classes",
 ]
 
 
@@ -194,8 +197,13 @@ def read_sem_seg(record: dict[str, Any], image: np.ndarray, ignore_label: int) -
     path = record["sem_seg_file_name"]
     labels = read_label_map(path)
     own = record.get("sem_seg_ignore_label", ignore_label)
-    if record.get("sem_seg_reduce_zero_label", False):
-        labels = reduce_zero_label(labels, own)
+    labels = to_classes(
+        labels,
+        path,
+        ignore_label=own,
+        reduces_zero=record.get("sem_seg_reduce_zero_label", False),
+        label_table=record.get("sem_seg_label_table", ""),
+    )
     if labels.shape != image.shape[:2]:
         raise SampleError(
             f"label map {path} is {labels.shape[1]}x{labels.shape[0]}, but its image is "
@@ -207,6 +215,30 @@ def read_sem_seg(record: dict[str, Any], image: np.ndarray, ignore_label: int) -
     if own != ignore_label:
         labels = np.where(labels == own, np.array(ignore_label, labels.dtype), labels)
     return labels if labels.dtype == np.uint8 else labels.astype(np.float32)
+
+
+def to_classes(
+    labels: np.ndarray,
+    path: str,
+    *,
+    ignore_label: int,
+    reduces_zero: bool = False,
+    label_table: str = "",
+) -> np.ndarray:
+    """Return the classes (H, W) that the values (H, W) in the label map ``path`` stand for, by a
+    table of :mod:`d2dense.data.label_tables`, by :func:`reduce_zero_label`, or as they are.
+
+    Raises:
+        SampleError: a value that the table does not list.
+    """
+    if not label_table:
+        return reduce_zero_label(labels, ignore_label) if reduces_zero else labels
+    try:
+        return label_tables.get(label_table).to_classes(
+            labels, ignore_label=ignore_label, path=path
+        )
+    except label_tables.UnknownValue as error:
+        raise SampleError(str(error), path) from None
 
 
 def reduce_zero_label(labels: np.ndarray, ignore_label: int) -> np.ndarray:
