@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +14,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from d2dense.layers import can_fold, fold_for_inference
 from d2dense.modeling import SemanticInference
 
 __all__ = ["analyze", "count_macs", "count_parameters", "detection_input", "format_report"]
@@ -202,6 +204,9 @@ def analyze(
     """Return a JSON-ready report with ``params``, ``macs``, ``structure`` as asked for in
     ``tasks``.
 
+    The model is taken as inference needs it: layers that can be folded are (in a copy), and
+    ``params_training`` says how many parameters there are without that, where it matters.
+
     Args:
         tasks: any of ``params``, ``flops``, ``structure``.
         input_size: (height, width) of the image behind ``macs``, batch 1.
@@ -209,9 +214,14 @@ def analyze(
     """
     report: dict[str, Any] = {"input_size": list(input_size)}
     modules: dict[str, dict[str, int]] = {}
+    in_training = count_parameters(model)[""]
+    if can_fold(model):
+        model = fold_for_inference(copy.deepcopy(model))
     if "params" in tasks:
         counts = count_parameters(model)
         report["params"] = counts[""]
+        if in_training != counts[""]:
+            report["params_training"] = in_training
         for name, count in counts.items():
             modules.setdefault(name, {})["params"] = count
     if "flops" in tasks:
@@ -239,6 +249,8 @@ def format_report(report: dict[str, Any], *, depth: int = 2) -> str:
         height, width = report["input_size"]
         headers = ["module", "parameters", f"MACs ({height} x {width})"]
         parts.append(tabulate(rows, headers=headers, stralign="right", colalign=("left",)))
+    if "params_training" in report:
+        parts.append(f"{_thousands(report['params_training'])} parameters in training")
     if "structure" in report:
         parts.append(report["structure"])
     return "\n\n".join(parts)

@@ -19,7 +19,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import Tensor, nn
 
 from d2dense.errors import UserError
-from d2dense.layers import SyncBatchNorm
+from d2dense.layers import SyncBatchNorm, fold_for_inference
 
 from .adapters import Adapter, adapt
 from .devices import device_constants, unbind_devices
@@ -34,7 +34,8 @@ def to_torchscript(
 ) -> torch.jit.ScriptModule:
     """Return ``model`` as TorchScript that needs torch and torchvision alone.
 
-    The model itself stays as it is: a copy in evaluation mode is converted, on the model's device.
+    The model itself stays as it is: a copy in evaluation mode is converted, on the model's device,
+    without what only training needs.
 
     Args:
         image: ``(C, H, W)`` in [0, 255], what is traced; scripting runs nothing and ignores it.
@@ -46,7 +47,7 @@ def to_torchscript(
     """
     if method not in METHODS:
         raise UserError(f"method {method!r}, expected one of {', '.join(METHODS)}")
-    adapter = adapt(copy.deepcopy(model)).eval()
+    adapter = adapt(fold_for_inference(copy.deepcopy(model))).eval()
     for parameter in adapter.parameters():
         parameter.requires_grad_(False)
     with torch.no_grad(), quiet():

@@ -102,7 +102,10 @@ def has_sync_norms(model: nn.Module) -> bool:
     one that stops in the middle then leaves the others waiting.
     """
     kinds = (SyncBatchNorm, nn.SyncBatchNorm, NaiveSyncBatchNorm)
-    return any(isinstance(each, kinds) for each in model.modules())
+    return any(
+        isinstance(each, kinds) or getattr(each, "exchanges_in_forward", False)
+        for each in model.modules()
+    )
 
 
 def replace_sync_norms(model: nn.Module) -> int:
