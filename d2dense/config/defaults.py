@@ -46,7 +46,7 @@ def _add_data_keys(cfg: CN) -> None:
     # Images per batch in evaluation, per process.
     cfg.DATALOADER.TEST_BATCH_SIZE = 1
     # Which recipe of data/augmentations.py the mapper uses: "default", "detr", "lsj" or "semantic";
-    # or "classification" (data/classification.py).
+    # or "padded_crops" (data/semantic_augmentations.py), "classification" (data/classification.py).
     cfg.INPUT.MAPPER = "default"
     # Recompute boxes from the augmented masks (tighter after crops).
     cfg.INPUT.RECOMPUTE_BOXES = False
@@ -66,13 +66,20 @@ def _add_data_keys(cfg: CN) -> None:
     cfg.INPUT.COPY_PASTE.MARGIN = 15
     cfg.INPUT.COPY_PASTE.CORRECTED = False
     cfg.INPUT.COPY_PASTE.MIN_VISIBLE = 0.25
-    # "semantic": photometric distortion, and the largest share one class may have in a crop.
+    # "semantic", "padded_crops": photometric distortion, and (not "padded_crops") the largest
+    # share one class may have in a crop.
     cfg.INPUT.COLOR_DISTORTION = True
     # "semantic": range of a random factor on MIN_SIZE_TRAIN and MAX_SIZE_TRAIN (() for none), and
     # the distance between factors (0 for any); see RandomScale in data/augmentations.py.
+    # "padded_crops": of a factor on the image's own size.
     cfg.INPUT.SCALE_RANGE = ()
     cfg.INPUT.SCALE_STEP = 0.0
     cfg.INPUT.CROP.SINGLE_CATEGORY_MAX_AREA = 1.0
+    # "padded_crops", of CROP.SIZE: value of the padding for all channels or for each, ranges of the
+    # factors on contrast and saturation (COLOR_DISTORTION), largest shift of the brightness.
+    cfg.INPUT.PADDED_CROPS = CN({"PAD_VALUE": (127.5,), "BRIGHTNESS": 32.0})
+    cfg.INPUT.PADDED_CROPS.CONTRAST = (0.5, 1.5)
+    cfg.INPUT.PADDED_CROPS.SATURATION = (0.5, 1.5)
     # "classification": side of the square pictures; shorter edge before the central one is cut out
     # in tests; in training, range of a random part's area, probability of a flip, timm's policy and
     # otherwise the strength of colour jitter, probability of random erasing.
@@ -155,6 +162,16 @@ def _add_run_keys(cfg: CN) -> None:
     cfg.TEST.SEM_SEG.FLIP = True
     cfg.TEST.SEM_SEG.AVERAGE = "probabilities"
     cfg.TEST.SEM_SEG.KEEP_ODD = False
+    cfg.TEST.SEM_SEG.ALIGN_CORNERS = False
+    # Whole images are first filled up to PAD_TO (height, width; () for no such size), and to 1 more
+    # than a multiple of PAD_STEP, with the grey value PAD_VALUE (None: zeros after normalisation).
+    cfg.TEST.SEM_SEG.PAD_TO = ()
+    cfg.TEST.SEM_SEG.PAD_STEP = 0
+    cfg.TEST.SEM_SEG.PAD_VALUE = None
+    # What is written and measured beside the confusion matrix: the boundary IoU, and a label map
+    # per image in the benchmark's own format (evaluation/sem_seg.py).
+    cfg.TEST.SEM_SEG.BOUNDARY_IOU = False
+    cfg.TEST.SEM_SEG.SUBMISSION = False
 
 
 def _add_model_keys(cfg: CN) -> None:

@@ -37,6 +37,7 @@ __all__ = [
     "ScaleJitter",
     "default",
     "detr",
+    "flips",
     "lsj",
     "semantic",
 ]
@@ -71,7 +72,7 @@ def default(
     steps = [_resize(min_size, max_size, sample_style)]
     if crop_type is not None:
         steps.insert(0, T.RandomCrop(crop_type, list(crop_size)))
-    return steps + _flips(flip)
+    return steps + flips(flip)
 
 
 def detr(
@@ -96,7 +97,7 @@ def detr(
     crop = T.AugmentationList(
         [_resize(crop_min_sizes, None), T.RandomCrop("absolute_range", tuple(crop_range))]
     )
-    return [*_flips(flip), RandomApply(crop, prob=0.5), _resize(min_size, max_size)]
+    return [*flips(flip), RandomApply(crop, prob=0.5), _resize(min_size, max_size)]
 
 
 def lsj(
@@ -124,7 +125,7 @@ def lsj(
         return [_fixed_resize(image_size, image_size)]
     jitter = ScaleJitter(image_size=image_size, min_scale=min_scale, max_scale=max_scale)
     crop = RandomCropPad(crop_size=image_size, pad_value=pad_value, ignore_label=ignore_label)
-    return [*_flips(flip), JitterAndCrop(jitter=jitter, crop=crop)]
+    return [*flips(flip), JitterAndCrop(jitter=jitter, crop=crop)]
 
 
 def semantic(
@@ -172,7 +173,7 @@ def semantic(
         )
     if color_distortion:
         steps.append(PhotometricDistortion(image_format=image_format))
-    return steps + _flips(flip)
+    return steps + flips(flip)
 
 
 def _resize(
@@ -207,7 +208,8 @@ def _fixed_resize(min_size: int | Sequence[int], max_size: int) -> T.Augmentatio
     return _resize(min_size if isinstance(min_size, int) else max(min_size), max_size)
 
 
-def _flips(flip: str) -> list[T.Augmentation]:
+def flips(flip: str) -> list[T.Augmentation]:
+    """Return the random flip of that name: ``"horizontal"``, ``"vertical"`` or ``"none"``."""
     if flip not in ("horizontal", "vertical", "none"):
         raise UserError(f"flip = {flip!r}, expected 'horizontal', 'vertical' or 'none'")
     if flip == "none":
@@ -322,31 +324,38 @@ class RandomScale(T.Augmentation):
 
 
 class RandomCropPad(T.Augmentation):
-    """Cut a random square of ``crop_size`` out of the image; a smaller image is padded on the right
-    and bottom.
+    """Cut a random part of ``crop_size`` (a side, or height and width) out of the image; a smaller
+    image is padded on the right and bottom.
     """
 
     def __init__(
         self,
         *,
-        crop_size: int,
+        crop_size: int | Sequence[int],
         pad_value: float | Sequence[float] = 128.0,
         ignore_label: int = 255,
     ):
         super().__init__()
+        sides = [crop_size] * 2 if isinstance(crop_size, int) else list(crop_size)
+        if len(sides) != 2 or any(int(side) != side or side < 1 for side in sides):
+            raise UserError(
+                f"crop_size = {crop_size} (INPUT.CROP.SIZE, INPUT.LSJ.IMAGE_SIZE), expected height "
+                "and width in pixels"
+            )
         self._init(locals())
+        self.sides = [int(side) for side in sides]
 
     def get_transform(self, image: np.ndarray) -> Transform:
         height, width = image.shape[:2]
-        crop_height, crop_width = min(height, self.crop_size), min(width, self.crop_size)
+        crop_height, crop_width = min(height, self.sides[0]), min(width, self.sides[1])
         y0 = np.random.randint(height - crop_height + 1)
         x0 = np.random.randint(width - crop_width + 1)
         crop = CropTransform(x0, y0, crop_width, crop_height, width, height)
         pad = _Pad(
             0,
             0,
-            self.crop_size - crop_width,
-            self.crop_size - crop_height,
+            self.sides[1] - crop_width,
+            self.sides[0] - crop_height,
             crop_width,
             crop_height,
             self.pad_value,
@@ -402,7 +411,7 @@ class _Pad(PadTransform):
             value = np.broadcast_to(self.pad_value, channels).tolist()
         except ValueError:
             raise UserError(
-                f"INPUT.LSJ.PAD_VALUE / pad_value = {self.pad_value}: an image has {channels} "
+                f"INPUT.*.PAD_VALUE / pad_value = {self.pad_value}: an image has {channels} "
                 "channels; give one value, or one for each"
             ) from None
         borders = (self.y0, self.y1, self.x0, self.x1)

@@ -29,6 +29,7 @@ from detectron2.structures import (
 from d2dense.errors import UserError, nearest
 
 from . import augmentations as recipes
+from . import semantic_augmentations
 from .annotations import run_total
 from .geometry import clip_boxes, clip_polygon, polygon_area, transform_mask, transform_polygons
 from .reading import RejectedSample, SampleError, read_image, read_sem_seg
@@ -327,7 +328,7 @@ def from_cfg(cfg: CfgNode, is_train: bool) -> Callable[[dict[str, Any]], dict[st
         steps = recipes.default(
             is_train=False, min_size=cfg.INPUT.MIN_SIZE_TEST, max_size=cfg.INPUT.MAX_SIZE_TEST
         )
-    if name == "semantic":
+    if name in _SEMANTIC:
         return SemanticMapper(
             is_train=is_train,
             augmentations=steps,
@@ -408,5 +409,7 @@ _RECIPES = {
     "default": _default_steps,
     "detr": _detr_steps,
     "lsj": _lsj_steps,
+    "padded_crops": semantic_augmentations.steps_from_cfg,
     "semantic": _semantic_steps,
 }
+_SEMANTIC = ("padded_crops", "semantic")

@@ -79,6 +79,10 @@ class Segmenter(SemanticSegmentor):
                 flip=test.FLIP,
                 average=test.AVERAGE,
                 keep_odd=test.KEEP_ODD,
+                align_corners=test.ALIGN_CORNERS,
+                pad_to=list(test.PAD_TO) or None,
+                pad_step=test.PAD_STEP,
+                pad_value=test.PAD_VALUE,
             ),
             "pad_to": list(cfg.MODEL.SEM_SEG_HEAD.PAD_TO) or None,
             "test_pad_to": list(test.PAD_TO) or None,
@@ -141,10 +145,13 @@ class Segmenter(SemanticSegmentor):
             height, width = image.shape[1:]
             size = int(each.get("height", height)), int(each.get("width", width))
             groups[tuple(image.shape), size].append(index)
+        fill = None
+        if self.inference.pad_value is not None:
+            fill = (self.inference.pad_value - self.pixel_mean) / self.pixel_std
         results: list[dict[str, Tensor]] = [{} for _ in images]
         for (_, size), members in groups.items():
             stacked = torch.stack([images[index] for index in members])
-            scores = self.inference(self._scores, stacked, size)
+            scores = self.inference(self._scores, stacked, size, fill)
             for index, each in zip(members, scores):
                 results[index] = {"sem_seg": each}
         return results

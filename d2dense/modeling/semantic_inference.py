@@ -44,6 +44,13 @@ class SemanticInference(nn.Module):
         flip: whether each scale is seen mirrored as well.
         average: over scales, ``"probabilities"`` (after a softmax) or ``"logits"``.
         keep_odd: the scaled side of an odd side is odd too, see :func:`scaled_side`.
+        align_corners: how images and scores are resized; see
+            :func:`torch.nn.functional.interpolate`.
+        pad_to: (height, width) that images are at least filled up to, on the right and bottom,
+            before anything else; what is predicted there is cut off.
+        pad_step: sides are filled up to 1 more than a multiple of this; 0: they are not.
+        pad_value: what they are filled up with, a grey value before normalisation; None: zeros
+            after it.
 
     Raises:
         UserError: numbers that make no sense.
@@ -60,6 +67,10 @@ class SemanticInference(nn.Module):
         flip: bool = True,
         average: str = "probabilities",
         keep_odd: bool = False,
+        align_corners: bool = False,
+        pad_to: Sequence[int] | None = None,
+        pad_step: int = 0,
+        pad_value: float | None = None,
     ):
         super().__init__()
         self.window = None if window is None else _sides("window", window)
@@ -72,6 +83,10 @@ class SemanticInference(nn.Module):
         self.flip = flip
         self.average = average
         self.keep_odd = keep_odd
+        self.align_corners = align_corners
+        self.pad_to = [1, 1] if pad_to is None else _sides("pad_to", pad_to)
+        self.pad_step = pad_step
+        self.pad_value = pad_value
         self._check()
 
     def _check(self) -> None:
@@ -83,6 +98,8 @@ class SemanticInference(nn.Module):
                 f"{_KEYS}: stride = {self.stride} steps over pixels between windows of "
                 f"{self.window}; make it at most the window"
             )
+        if self.pad_step < 0:
+            raise UserError(f"{_KEYS}: pad_step = {self.pad_step}, expected at least 0")
         if self.max_windows < 1:
             raise UserError(f"{_KEYS}: max_windows = {self.max_windows}, expected at least 1")
         if not self.ratios or min(self.ratios) <= 0:
@@ -94,7 +111,13 @@ class SemanticInference(nn.Module):
             )
 
     @torch.jit.unused
-    def forward(self, network: Network, images: Tensor, size: tuple[int, int]) -> Tensor:
+    def forward(
+        self,
+        network: Network,
+        images: Tensor,
+        size: tuple[int, int],
+        fill: Tensor | None = None,
+    ) -> Tensor:
         """Return scores ``(N, K, H0, W0)``, float32: averaged probabilities for several scales with
         this ``average``, else logits.
 
@@ -102,12 +125,34 @@ class SemanticInference(nn.Module):
             network: called with images of any size.
             images: ``(N, 3, H, W)``, normalised.
             size: (H0, W0) of the result.
+            fill: ``(3, 1, 1)``, the normalised ``pad_value``; None: zeros.
         """
+        height, width = images.shape[2:]
+        images = self._filled(images, fill)
+        if images.shape[2:] == (height, width):
+            return self._scores(network, images, size)
+        scores = self._scores(network, images, tuple(images.shape[2:]))
+        return self._resized(scores[:, :, :height, :width], size)
+
+    def _filled(self, images: Tensor, fill: Tensor | None) -> Tensor:
+        sides = [max(pair) for pair in zip(images.shape[2:], self.pad_to)]
+        if self.pad_step:
+            sides = [side + (1 - side) % self.pad_step for side in sides]
+        height, width = images.shape[2:]
+        if sides == [height, width]:
+            return images
+        filled = images.new_zeros(*images.shape[:2], *sides)
+        if fill is not None:
+            filled += fill
+        filled[:, :, :height, :width] = images
+        return filled
+
+    def _scores(self, network: Network, images: Tensor, size: tuple[int, int]) -> Tensor:
         if not self.multi_scale:
-            return _resized(self._single(network, images), size)
+            return self._resized(self._single(network, images), size)
         total = None
         for scaled, is_flipped in self._views(images):
-            scores = _resized(self._single(network, scaled), size)
+            scores = self._resized(self._single(network, scaled), size)
             if self.average == "probabilities":
                 scores = scores.softmax(1)
             total = torch.zeros_like(scores) if total is None else total
@@ -119,7 +164,7 @@ class SemanticInference(nn.Module):
         for ratio in self.ratios:
             size = tuple(scaled_side(side, ratio, self.keep_odd) for side in images.shape[2:])
             # smoothed where it shrinks, as images are in training
-            scaled = _resized(images, size, antialias=True)
+            scaled = self._resized(images, size, antialias=True)
             yield scaled, False
             if self.flip:
                 yield scaled.flip(3), True
@@ -154,12 +199,23 @@ class SemanticInference(nn.Module):
                 count[y, x] += 1
         return total.div_(count)
 
+    def _resized(self, x: Tensor, size: tuple[int, int], *, antialias: bool = False) -> Tensor:
+        if tuple(x.shape[2:]) == tuple(size):
+            return x
+        return F.interpolate(
+            x, size=size, mode="bilinear", align_corners=self.align_corners, antialias=antialias
+        )
+
     def extra_repr(self) -> str:
         parts = ["whole image"]
         if self.window is not None:
             parts = [f"window={self.window}", f"stride={self.stride}"]
         if self.multi_scale:
             parts += [f"ratios={self.ratios}", f"flip={self.flip}", f"average={self.average}"]
+        if self.pad_to != [1, 1]:
+            parts.append(f"pad_to={self.pad_to}")
+        if self.pad_step:
+            parts.append(f"pad_step={self.pad_step}")
         return ", ".join(parts)
 
 
@@ -182,12 +238,6 @@ def scaled_side(side: int, ratio: float, keep_odd: bool) -> int:
         return max(1, int(side * ratio + 0.5))
     scaled = max(1, int(side * ratio))
     return scaled + (side % 2 == 1 and scaled % 2 == 0)
-
-
-def _resized(x: Tensor, size: tuple[int, int], *, antialias: bool = False) -> Tensor:
-    if tuple(x.shape[2:]) == tuple(size):
-        return x
-    return F.interpolate(x, size=size, mode="bilinear", align_corners=False, antialias=antialias)
 
 
 def _sides(name: str, value: Sequence[int]) -> list[int]:
