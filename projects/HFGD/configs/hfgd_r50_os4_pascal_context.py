@@ -1,0 +1,8 @@
+"""HFGD at output stride 4 (Table 5: 50.76 mIoU)."""
+
+from .common.models import segmenter as _segmenter
+from .common.pascal_context import CROP as _crop
+from .common.pascal_context import NUM_CLASSES as _classes
+from .common.pascal_context import dataloader, lr_multiplier, optimizer, train
+
+model = _segmenter(num_classes=_classes, crop=_crop)
