@@ -178,7 +178,7 @@ def semantic_loader(
     """Return a ``dataloader`` node for semantic label maps; arguments as in
     :func:`detection_loader`.
     """
-    return _loader(
+    node = _loader(
         mapper=mappers.SemanticMapper,
         train=train,
         test=test,
@@ -191,6 +191,8 @@ def semantic_loader(
         aspect_ratio_grouping=False,
         ignore_label=ignore_label,
     )
+    node.evaluator.update(boundary_iou=False, submission=False)
+    return node
 
 
 def classification_loader(

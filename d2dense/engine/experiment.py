@@ -199,7 +199,13 @@ class YamlExperiment(Experiment):
         return loaders.test_from_cfg(self.cfg, name)
 
     def build_evaluator(self, name: str, output_dir: str | None):
-        return build_evaluator(name, output_dir=output_dir)
+        test = self.cfg.TEST.SEM_SEG
+        return build_evaluator(
+            name,
+            output_dir=output_dir,
+            boundary_iou=test.BOUNDARY_IOU,
+            submission=test.SUBMISSION,
+        )
 
     def build_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         if self._scaling:

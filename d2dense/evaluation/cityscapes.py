@@ -13,12 +13,21 @@ from typing import Any
 
 import numpy as np
 
+from d2dense.data import label_tables
 from d2dense.data.cityscapes import STUFF, THINGS
 from d2dense.data.reading import read_label_map
 from d2dense.errors import UserError, nearest
 from d2dense.evaluation.base import ImageEvaluator
+from d2dense.evaluation.boundary import BoundaryCounts
 from d2dense.evaluation.detections import check_classes
-from d2dense.evaluation.sem_seg import Confusion, check_size, class_map, mean_of_defined
+from d2dense.evaluation.label_files import write_confusion, write_label_map
+from d2dense.evaluation.sem_seg import (
+    Confusion,
+    boundary_metrics,
+    check_size,
+    class_map,
+    mean_of_defined,
+)
 
 __all__ = ["CityscapesInstanceEvaluator", "CityscapesSemSegEvaluator"]
 
@@ -109,12 +118,17 @@ class CityscapesSemSegEvaluator(_CityscapesEvaluator):
 
     ``IoU``, ``iIoU`` are means over classes, ``IoU_sup``, ``iIoU_sup`` over categories, of those
     that occur; the values of each follow as ``IoU-<class>`` and so on. iIoU exists for classes and
-    categories with instances. Images that were not predicted are left out, with a warning.
+    categories with instances. Images that were not predicted are left out, with a warning. With
+    ``boundary_iou`` there are ``bIoU`` and ``bIoU-<class>`` (:mod:`.boundary`).
+
+    An output folder gets ``confusion_matrix.csv`` and ``.png`` and, with ``submission``,
+    ``submission/<image>.png`` with label ids, as the benchmark's server takes them.
 
     Args:
         dataset_name: registered data set with the metadata ``gt_dir``.
-        output_dir: unused; nothing is written.
+        output_dir: None writes nothing.
         prediction_key: key of the model's output dict with scores (19, H, W) or train ids (H, W).
+        boundary_iou, submission: see above.
     """
 
     def __init__(
@@ -123,9 +137,13 @@ class CityscapesSemSegEvaluator(_CityscapesEvaluator):
         *,
         output_dir: str | None = None,
         prediction_key: str = "sem_seg",
+        boundary_iou: bool = False,
+        submission: bool = False,
     ):
         super().__init__(dataset_name, output_dir=output_dir)
         self.prediction_key = prediction_key
+        self.boundary_iou = boundary_iou
+        self.submission = submission
 
     def record(self, image: Mapping[str, Any], output: Mapping[str, Any]) -> dict[str, Any]:
         labels, path = self.truth(self.key(image), "labelIds")
@@ -137,10 +155,18 @@ class CityscapesSemSegEvaluator(_CityscapesEvaluator):
             source=self.dataset_name,
         )
         check_size(predicted, labels, path)
-        return {
-            "confusion": Confusion(_TRAIN_ID[labels], predicted, len(CLASSES)),
+        truth = _TRAIN_ID[labels]
+        record = {
+            "confusion": Confusion(truth, predicted, len(CLASSES)),
             "found": _found_instances(instances, predicted),
         }
+        if self.boundary_iou:
+            record["boundary"] = BoundaryCounts(truth, predicted, len(CLASSES))
+        if self.submission and self.output_dir is not None:
+            name = f"{Path(image['file_name']).stem}.png"
+            values = label_tables.get("cityscapes_label_ids").to_values(predicted)
+            write_label_map(self.output_dir / "submission" / name, values)
+        return record
 
     def summarize(self, records: Mapping[Hashable, Any]) -> dict[str, dict[str, float]]:
         self.unpredicted(records, "labelIds")
@@ -148,6 +174,8 @@ class CityscapesSemSegEvaluator(_CityscapesEvaluator):
         found = [row for record in records.values() for row in record["found"]]
         for record in records.values():
             record["confusion"].add_to(matrix)
+        if self.output_dir is not None:
+            write_confusion(self.output_dir, matrix, CLASSES)
         members = {name: [k] for k, name in enumerate(CLASSES)}
         groups = {c: [CLASSES.index(n) for n in names] for c, names in CATEGORIES.items()}
         scores = {
@@ -165,7 +193,9 @@ class CityscapesSemSegEvaluator(_CityscapesEvaluator):
         metrics = {key: mean_of_defined(np.array([*v.values()])) for key, v in scores.items()}
         for key, values in scores.items():
             metrics |= {f"{key}-{name}": value for name, value in values.items()}
-        return {"sem_seg": {key: 100 * value for key, value in metrics.items()}}
+        if self.boundary_iou:
+            metrics |= boundary_metrics(records.values(), CLASSES)
+        return {"sem_seg": {key: 100 * float(value) for key, value in metrics.items()}}
 
 
 def _found_instances(ids: np.ndarray, predicted: np.ndarray) -> list[tuple[int, int, int, int]]:

@@ -30,6 +30,8 @@ def build_evaluator(
     output_dir: str | None = None,
     tasks: Sequence[str] | None = None,
     max_dets: int | None = None,
+    boundary_iou: bool = False,
+    submission: bool = False,
 ) -> DatasetEvaluator:
     """Return the evaluator that the metadata of ``dataset_name`` asks for.
 
@@ -38,6 +40,8 @@ def build_evaluator(
         tasks: for objects, some of "bbox" and "segm"; by default what model and data have.
         max_dets: detections per image that count by COCO's measure, 100 by default; LVIS's measure
             has its own 300.
+        boundary_iou: of label maps: measure it too.
+        submission: of label maps: write the predictions as the data set's own label maps are.
 
     Raises:
         UserError: no or an unknown ``evaluator_type``, or options that the evaluator does not have.
@@ -48,9 +52,16 @@ def build_evaluator(
             f"data set {dataset_name!r} has evaluator_type {kind!r}, expected one of "
             f"{', '.join(EVALUATORS)}{nearest(str(kind), EVALUATORS)}"
         )
-    module, name = EVALUATORS[kind]
-    evaluator = getattr(importlib.import_module(f"{__package__}.{module}"), name)
+    module, class_name = EVALUATORS[kind]
+    evaluator = getattr(importlib.import_module(f"{__package__}.{module}"), class_name)
     options = {"output_dir": output_dir}
+    for name, value in {"boundary_iou": boundary_iou, "submission": submission}.items():
+        if value and not kind.endswith("sem_seg"):
+            raise UserError(
+                f"{name} is for label maps; data set {dataset_name!r} is evaluated as {kind}"
+            )
+        if value:
+            options[name] = value
     if module in ("coco", "lvis"):
         options["tasks"] = tasks
         if max_dets is not None and module == "coco":

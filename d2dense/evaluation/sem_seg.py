@@ -7,20 +7,31 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from d2dense.data import datasets
-from d2dense.data.reading import read_label_map, reduce_zero_label
+from d2dense.data import datasets, label_tables
+from d2dense.data.reading import read_label_map, to_classes
 from d2dense.errors import UserError
 from d2dense.evaluation.base import ImageEvaluator, image_key
+from d2dense.evaluation.boundary import BoundaryCounts, boundary_iou
 from d2dense.evaluation.detections import encode_masks
+from d2dense.evaluation.label_files import write_confusion, write_label_map
 
-__all__ = ["Confusion", "SemSegEvaluator", "class_map", "class_scores", "mean_of_defined"]
+__all__ = [
+    "Confusion",
+    "SemSegEvaluator",
+    "boundary_metrics",
+    "check_size",
+    "class_map",
+    "class_scores",
+    "mean_of_defined",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -113,14 +124,24 @@ class SemSegEvaluator(ImageEvaluator):
     the classes that occur in the ground truth of the evaluated images, other classes are NaN and
     count only through the pixels that they take from others; ``fwIoU`` weights classes by their
     pixels; ``pACC`` is the share of right pixels; ``IoU-<class>`` and ``ACC-<class>`` follow. A
-    pixel for which an integer map predicts no class is wrong.
+    pixel for which an integer map predicts no class is wrong. With ``boundary_iou`` there are
+    ``bIoU``, a mean over the same classes, and ``bIoU-<class>`` (:mod:`.boundary`).
+
+    An output folder gets ``confusion_matrix.csv`` and ``.png``, the predictions as COCO's segments
+    in ``sem_seg_predictions.json`` and, with ``submission``, ``submission/<image>.png`` with the
+    values that the data set's own label maps have.
 
     Args:
         dataset_name: registered data set whose dicts have ``sem_seg_file_name``, with the metadata
-            ``stuff_classes`` and, where they are not 255 and False, ``ignore_label`` and
-            ``reduce_zero_label`` (the files count classes from 1).
-        output_dir: folder for the predictions as COCO's segments; None writes nothing.
+            ``stuff_classes`` and, where they are not 255, False and empty, ``ignore_label``,
+            ``reduce_zero_label`` (the files count classes from 1) and ``label_table`` (what their
+            values mean, see :mod:`d2dense.data.label_tables`).
+        output_dir: None writes nothing.
         prediction_key: key of the model's output dict with scores (K, H, W) or integers (H, W).
+        boundary_iou, submission: see above.
+
+    Raises:
+        UserError: a data set without classes, or with as many as its label table has not.
     """
 
     def __init__(
@@ -129,6 +150,8 @@ class SemSegEvaluator(ImageEvaluator):
         *,
         output_dir: str | None = None,
         prediction_key: str = "sem_seg",
+        boundary_iou: bool = False,
+        submission: bool = False,
     ):
         super().__init__(dataset_name, output_dir=output_dir)
         self.class_names = list(self.metadata.get("stuff_classes") or ())
@@ -138,7 +161,19 @@ class SemSegEvaluator(ImageEvaluator):
             )
         self.ignore_label = int(self.metadata.get("ignore_label", 255))
         self.reduce_zero_label = bool(self.metadata.get("reduce_zero_label", False))
+        self.label_table = str(self.metadata.get("label_table", ""))
+        if self.label_table:
+            self._check_table(label_tables.get(self.label_table))
         self.prediction_key = prediction_key
+        self.boundary_iou = boundary_iou
+        self.submission = submission
+
+    def _check_table(self, table: label_tables.LabelTable) -> None:
+        if table.num_classes != len(self.class_names):
+            raise UserError(
+                f"data set {self.dataset_name!r} has {len(self.class_names)} class names, but its "
+                f"label table {table.name!r} has {table.num_classes} classes; correct one of them"
+            )
 
     @cached_property
     def label_files(self) -> dict[Hashable, str]:
@@ -169,8 +204,13 @@ class SemSegEvaluator(ImageEvaluator):
         )
         check_size(predicted, truth, self.label_files[key])
         record = {"confusion": Confusion(truth, predicted, len(self.class_names))}
+        if self.boundary_iou:
+            record["boundary"] = BoundaryCounts(truth, predicted, len(self.class_names))
         if self.output_dir is not None:
             record["segments"] = self._segments(predicted, image)
+            if self.submission:
+                path = self.output_dir / "submission" / f"{_file_stem(image)}.png"
+                write_label_map(path, self._own_values(predicted))
         return record
 
     def summarize(self, records: Mapping[Hashable, Any]) -> dict[str, dict[str, float]]:
@@ -181,6 +221,8 @@ class SemSegEvaluator(ImageEvaluator):
         matrix = np.zeros((count, count + 1), dtype=np.int64)
         for record in records.values():
             record["confusion"].add_to(matrix)
+        if self.output_dir is not None:
+            write_confusion(self.output_dir, matrix, self.class_names)
         iou, accuracy = class_scores(matrix)
         pixels = matrix.sum(axis=1)
         total = pixels.sum()
@@ -193,13 +235,20 @@ class SemSegEvaluator(ImageEvaluator):
         }
         metrics |= {f"IoU-{name}": value for name, value in zip(self.class_names, iou)}
         metrics |= {f"ACC-{name}": value for name, value in zip(self.class_names, accuracy)}
+        if self.boundary_iou:
+            metrics |= boundary_metrics(records.values(), self.class_names)
         return {"sem_seg": {key: 100 * float(value) for key, value in metrics.items()}}
 
     def _truth(self, path: str) -> np.ndarray:
         """Return the label map (H, W), -1 where there is no class."""
-        labels = read_label_map(path).astype(np.int64)
-        if self.reduce_zero_label:
-            labels = reduce_zero_label(labels, self.ignore_label)
+        labels = read_label_map(path)
+        labels = to_classes(
+            labels,
+            path,
+            ignore_label=self.ignore_label,
+            reduces_zero=self.reduce_zero_label,
+            label_table=self.label_table,
+        ).astype(np.int64)
         labels[labels == self.ignore_label] = -1
         if labels.size and labels.max() >= len(self.class_names):
             raise UserError(
@@ -208,6 +257,15 @@ class SemSegEvaluator(ImageEvaluator):
                 "class list or the ignore label"
             )
         return labels
+
+    def _own_values(self, predicted: np.ndarray) -> np.ndarray:
+        """Return what the data set's own label maps would have for predicted classes (H, W)."""
+        if self.label_table:
+            return label_tables.get(self.label_table).to_values(predicted)
+        count = len(self.class_names)
+        none = 0 if self.reduce_zero_label else self.ignore_label
+        values = np.where(predicted < count, predicted + self.reduce_zero_label, none)
+        return values.astype(np.uint8 if max(count, none) <= 255 else np.uint16)
 
     def _segments(self, predicted: np.ndarray, image: Mapping[str, Any]) -> list[dict[str, Any]]:
         """One run-length mask per predicted class, under the data set's own class numbers."""
@@ -223,6 +281,26 @@ class SemSegEvaluator(ImageEvaluator):
             }
             for k, code in zip(classes, codes)
         ]
+
+
+def boundary_metrics(
+    records: Iterable[Mapping[str, Any]], names: Sequence[str]
+) -> dict[str, float]:
+    """Return ``bIoU`` and ``bIoU-<class>`` of the ``boundary`` of image records."""
+    empty = np.zeros((3, len(names)), dtype=np.int64)
+    scores = boundary_iou(sum((record["boundary"].counts for record in records), empty))
+    metrics = {"bIoU": mean_of_defined(scores)}
+    return metrics | {f"bIoU-{name}": value for name, value in zip(names, scores)}
+
+
+def _file_stem(image: Mapping[str, Any]) -> str:
+    """Return the image's path below its data set's folder, without ending, as far as it is
+    known.
+    """
+    key = image.get("image_id")
+    if isinstance(key, str) and not Path(key).is_absolute():
+        return key
+    return Path(image["file_name"]).stem
 
 
 def check_size(predicted: np.ndarray, truth: np.ndarray, path: str) -> None:

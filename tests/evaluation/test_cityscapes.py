@@ -202,18 +202,19 @@ def test_instances_by_hand(one_car, areas, scores, expected):
     assert found["AP"] == pytest.approx(expected)
 
 
-def test_nothing_is_written(gt_dir, tmp_path, monkeypatch):
+def test_nothing_else_is_written(gt_dir, tmp_path, monkeypatch):
     here = tmp_path / "here"
     here.mkdir()
     monkeypatch.chdir(here)
     monkeypatch.setenv("TMPDIR", str(here))
     image = cityscapes_images(gt_dir)[0]
     register(NAME, gt_dir=str(gt_dir), **data.metadata("semantic"))
-    evaluator = CityscapesSemSegEvaluator(NAME, output_dir=str(here / "out"))
     classes = cityscapes_semantic(gt_dir, image, np.random.default_rng(0))
-    evaluator.process([image], [{"sem_seg": torch.as_tensor(classes)}])
-    assert evaluator.evaluate()["sem_seg"]["IoU"] > 0
-    assert list(here.iterdir()) == []
+    for folder, files in ((None, []), ("out", ["confusion_matrix.csv", "confusion_matrix.png"])):
+        evaluator = CityscapesSemSegEvaluator(NAME, output_dir=folder)
+        evaluator.process([image], [{"sem_seg": torch.as_tensor(classes)}])
+        assert evaluator.evaluate()["sem_seg"]["IoU"] > 0
+        assert sorted(path.name for path in here.rglob("*.*")) == files
 
 
 def test_users_mistakes(one_car, tmp_path):
