@@ -103,7 +103,8 @@ class Segmenter(SemanticSegmentor):
             which the largest wins.
 
         Raises:
-            UserError: training without labels.
+            UserError: training without labels, or with labels of another size than the image; or,
+                where labels are on the CPU and the head says its ``num_classes``, of no class.
         """
         images = [self._normalised(each["image"]) for each in batched_inputs]
         if not self.training:
@@ -113,6 +114,8 @@ class Segmenter(SemanticSegmentor):
                 "training a segmenter needs label maps; use a data set with them and "
                 "INPUT.MAPPER semantic / common.semantic_loader"
             )
+        for each in batched_inputs:
+            _check_labels(each, self.sem_seg_head)
         labels = [each["sem_seg"].to(self.device) for each in batched_inputs]
         features = self.backbone(self._batch(images, 0.0, self.pad_to))
         targets = self._batch(labels, self.sem_seg_head.ignore_value, self.pad_to)
@@ -168,3 +171,26 @@ def _size(key: str, value: Sequence[int] | None) -> list[int]:
     if len(size) != 2:
         raise UserError(f"{key} = {size}, expected height and width in pixels")
     return size
+
+
+def _check_labels(sample: dict[str, Any], head: nn.Module) -> None:
+    """Raise a ``UserError`` for labels that no loss can use; on a GPU they would be read out of
+    bounds, which ends the process without a name.
+    """
+    labels, size = sample["sem_seg"], tuple(sample["image"].shape[-2:])
+    name = sample.get("file_name", "an image")
+    if tuple(labels.shape) != size:
+        raise UserError(
+            f"the label map of {name} is {tuple(labels.shape)}, but the image is {size} (height, "
+            "width); give both the same augmentations"
+        )
+    count, ignored = getattr(head, "num_classes", None), head.ignore_value
+    if count is None or labels.device.type != "cpu":
+        return
+    wrong = labels[((labels < 0) | (labels >= count)) & (labels != ignored)]
+    if len(wrong):
+        raise UserError(
+            f"the label map of {name} has class {int(wrong[0])}, but the head has the classes 0 to "
+            f"{count - 1} and ignores {ignored}; correct the labels, "
+            "MODEL.SEM_SEG_HEAD.NUM_CLASSES / model.sem_seg_head.num_classes, or the ignored value"
+        )
