@@ -1,4 +1,4 @@
-"""Configs: yaml equals lazy, every switch from both kinds, the tool's table, a short training run."""
+"""Configs: yaml equals lazy, every switch from both kinds, the tool's table, a short training."""
 
 import json
 
