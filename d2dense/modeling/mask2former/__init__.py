@@ -1,4 +1,4 @@
-"""Mask2Former; importing it registers it."""
+"""Mask2Former, for lazy configs (:func:`d2dense.config.detr.mask2former`)."""
 
 from .criterion import Mask2FormerCriterion, MaskTargets
 from .mask2former import Mask2Former

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.modeling.backbone import Backbone
 from detectron2.structures import BitMasks, Boxes, ImageList, Instances, PolygonMasks
 from torch import Tensor, nn
@@ -22,7 +21,6 @@ from .pixel_decoder import PixelDecoder
 __all__ = ["Mask2Former"]
 
 
-@META_ARCH_REGISTRY.register()
 class Mask2Former(nn.Module):
     """Backbone, pixel decoder, mask decoder, criterion.
 
