@@ -153,8 +153,6 @@ def _add_run_keys(cfg: CN) -> None:
     # STRIDE apart (() for two thirds of the window), at most MAX_WINDOWS at once; a WINDOW of ()
     # is the whole image. The arguments are explained in modeling/semantic_inference.py.
     cfg.TEST.SEM_SEG = CN({"WINDOW": (), "STRIDE": (), "MAX_WINDOWS": 4})
-    # (height, width) that what goes through the network is at least filled up to.
-    cfg.TEST.SEM_SEG.PAD_TO = ()
     # With MULTI_SCALE the image is seen at RATIOS of its size, mirrored too with FLIP, and
     # "probabilities" or "logits" are averaged.
     cfg.TEST.SEM_SEG.MULTI_SCALE = False

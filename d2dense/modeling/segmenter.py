@@ -39,8 +39,8 @@ class Segmenter(SemanticSegmentor):
             ``(N, K, >= H, >= W)`` and nothing.
         pixel_mean, pixel_std: of each channel.
         inference: how evaluation goes over an image; None: at once.
-        pad_to, test_pad_to: (height, width) that images are at least filled up to, in training and
-            (windows and scaled images too) in evaluation.
+        pad_to: (height, width) that training images are at least filled up to (``inference`` says
+            it for evaluation).
     """
 
     @configurable
@@ -53,7 +53,6 @@ class Segmenter(SemanticSegmentor):
         pixel_std: Sequence[float],
         inference: SemanticInference | None = None,
         pad_to: Sequence[int] | None = None,
-        test_pad_to: Sequence[int] | None = None,
     ):
         super().__init__(
             backbone=backbone,
@@ -63,7 +62,6 @@ class Segmenter(SemanticSegmentor):
         )
         self.inference = SemanticInference() if inference is None else inference
         self.pad_to = _size("MODEL.SEM_SEG_HEAD.PAD_TO / model.pad_to", pad_to)
-        self.test_pad_to = _size("TEST.SEM_SEG.PAD_TO / model.test_pad_to", test_pad_to)
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
@@ -85,7 +83,6 @@ class Segmenter(SemanticSegmentor):
                 pad_value=test.PAD_VALUE,
             ),
             "pad_to": list(cfg.MODEL.SEM_SEG_HEAD.PAD_TO) or None,
-            "test_pad_to": list(test.PAD_TO) or None,
         }
 
     @torch.jit.unused
@@ -124,7 +121,7 @@ class Segmenter(SemanticSegmentor):
     def _normalised(self, image: Tensor) -> Tensor:
         return (image.to(self.device) - self.pixel_mean) / self.pixel_std
 
-    def _batch(self, maps: list[Tensor], value: float, least: Sequence[int]) -> Tensor:
+    def _batch(self, maps: list[Tensor], value: float, least: Sequence[int] = (0, 0)) -> Tensor:
         """Return (..., H, W) of several sizes as one batch of one size, at least ``least``."""
         height, width = least
         filled = [
@@ -161,7 +158,7 @@ class Segmenter(SemanticSegmentor):
 
     def _scores(self, images: Tensor) -> Tensor:
         """Return scores (N, K, H, W) of normalised images (N, 3, H, W)."""
-        batch = self._batch(list(images), 0.0, self.test_pad_to)
+        batch = self._batch(list(images), 0.0)
         scores, _ = self.sem_seg_head(self.backbone(batch), None)
         return scores[:, :, : images.shape[2], : images.shape[3]]
 

@@ -147,7 +147,7 @@ def test_results_have_the_original_size_and_no_padding():
 
 @torch.no_grad()
 def test_whole_images_filled_up_to_an_odd_size():
-    model = plain(test_pad_to=[9, 13]).eval()
+    model = plain(inference=SemanticInference(pad_to=[9, 13])).eval()
     model.backbone.size_divisibility = 1
     found = model([{"image": picture(8, 12)}])[0]["sem_seg"]
     seen = model.sem_seg_head.images
@@ -155,8 +155,14 @@ def test_whole_images_filled_up_to_an_odd_size():
     assert torch.equal(seen[0, :, :8, :12], normal(picture(8, 12)))
     assert int(seen[0, :, 8].count_nonzero() + seen[0, :, :, 12].count_nonzero()) == 0
     assert torch.equal(found[:3], normal(picture(8, 12)))
-    with pytest.raises(UserError, match=r"TEST\.SEM_SEG\.PAD_TO / model\.test_pad_to = \[9\]"):
-        plain(test_pad_to=[9])
+    grey = SemanticInference(pad_to=[9, 13], pad_value=127.5)
+    model = plain(inference=grey).eval()
+    model.backbone.size_divisibility = 1
+    again = model([{"image": picture(8, 12)}])[0]["sem_seg"]
+    assert torch.equal(again[:3], found[:3])
+    border = normal(torch.full((3, 1, 1), 127.5))
+    assert torch.allclose(model.sem_seg_head.images[0, :, 8], border[:, 0])
+    assert torch.allclose(model.sem_seg_head.images[0, :, :, 12], border[:, 0])
 
 
 @torch.no_grad()
@@ -242,7 +248,7 @@ def test_every_key_reaches_the_model():
     head.POOL_SCALES, head.DROPOUT, head.LOSS_WEIGHT, head.IGNORE_VALUE = (1, 4), 0.3, 2.0, 9
     head.AUXILIARY.FEATURE, head.AUXILIARY.CHANNELS = "res4", 20
     head.AUXILIARY.LOSS_WEIGHT, head.PAD_TO = 0.7, (64, 96)
-    test.PAD_TO = (65, 97)
+    test.PAD_TO, test.PAD_STEP, test.PAD_VALUE, test.ALIGN_CORNERS = (65, 97), 32, 127.5, True
     test.WINDOW, test.STRIDE, test.MAX_WINDOWS, test.MULTI_SCALE = (64, 48), (32, 24), 9, True
     test.RATIOS, test.FLIP, test.AVERAGE, test.KEEP_ODD = (0.5, 2.0), False, "logits", True
     model = config.build_model(cfg)
@@ -253,11 +259,18 @@ def test_every_key_reaches_the_model():
     assert (found.loss_weight, found.auxiliary_loss_weight, found.ignore_value) == (2.0, 0.7, 9)
     assert (found.auxiliary[0].in_channels, found.auxiliary[0].out_channels) == (160, 20)
     assert found.classifier.out_channels == 7
-    assert (model.pad_to, model.test_pad_to) == ([64, 96], [65, 97])
+    assert model.pad_to == [64, 96]
     inference = model.inference
     assert (inference.window, inference.stride, inference.max_windows) == ([64, 48], [32, 24], 9)
     assert (inference.multi_scale, inference.ratios, inference.flip) == (True, [0.5, 2.0], False)
     assert (inference.average, inference.keep_odd) == ("logits", True)
+    assert (inference.pad_to, inference.pad_step, inference.pad_value) == ([65, 97], 32, 127.5)
+    assert inference.align_corners
+
+
+def settings(module):
+    """Return a module's own plain attributes."""
+    return {name: value for name, value in vars(module).items() if not name.startswith("_")}
 
 
 def test_defaults_of_the_keys_are_the_constructors():
@@ -265,7 +278,8 @@ def test_defaults_of_the_keys_are_the_constructors():
     assert vars(by_key.inference).keys() == vars(SemanticInference()).keys()
     assert str(by_key.inference) == str(SemanticInference())
     default = tiny()
-    assert (by_key.pad_to, by_key.test_pad_to) == (default.pad_to, default.test_pad_to)
+    assert by_key.pad_to == default.pad_to
+    assert settings(by_key.inference) == settings(SemanticInference())
     for name in ("loss_weight", "auxiliary_loss_weight", "ignore_value"):
         assert getattr(by_key.sem_seg_head, name) == getattr(default.sem_seg_head, name)
     assert by_key.sem_seg_head.auxiliary is None

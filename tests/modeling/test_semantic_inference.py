@@ -216,3 +216,84 @@ def test_networks_output_is_not_written_to():
 def test_mistakes_are_named(options, message):
     with pytest.raises(UserError, match=message):
         SemanticInference(**options)
+
+
+# ------------------------------------------------ filling up
+
+
+def padded(image, size, value=0.0):
+    result = torch.full((*image.shape[:2], *size), value)
+    result[:, :, : image.shape[2], : image.shape[3]] = image
+    return result
+
+
+@pytest.mark.parametrize(
+    ("options", "size"),
+    [
+        ({"pad_to": [9, 13]}, (9, 13)),
+        ({"pad_to": [4, 13]}, (8, 13)),  # at least: nothing is cut off
+        ({"pad_step": 8}, (9, 17)),
+        ({"pad_step": 4, "pad_to": [10, 1]}, (13, 13)),
+        ({"pad_step": 4, "window": [5, 5]}, (9, 13)),
+    ],
+)
+def test_whole_images_are_filled_up_before_anything_else(options, size):
+    image = images(2, 3, 8, 12)
+    plain = {key: value for key, value in options.items() if key == "window"}
+    expected = SemanticInference(**plain)(Network(), padded(image, size), size)[:, :, :8, :12]
+    found = SemanticInference(**options)(Network(), image, (8, 12))
+    assert torch.allclose(found, expected, atol=1e-6)
+    # a result of another size is resized after what was filled up has been cut off
+    found = SemanticInference(**options)(Network(), image, (16, 20))
+    expected = F.interpolate(expected, (16, 20), mode="bilinear", align_corners=False)
+    assert torch.allclose(found, expected, atol=1e-6)
+
+
+def test_filling_up_with_a_value_and_nothing_to_fill_up():
+    fill = torch.tensor([0.5, -1.0, 2.0])[:, None, None]
+    seen = []
+
+    def network(x):
+        seen.append(x)
+        return x
+
+    inference = SemanticInference(pad_step=4)
+    inference(network, images(1, 3, 8, 13), (8, 13), fill)
+    assert torch.equal(seen[0][:, :, :8], images(1, 3, 8, 13))
+    assert torch.equal(seen[0][:, :, 8:], fill.expand(1, 3, 1, 13))
+    image = images(1, 3, 9, 13)
+    inference(network, image, (9, 13), fill)
+    assert seen[1] is image
+
+
+def test_scales_of_the_filled_image_are_odd_and_their_logits_are_averaged():
+    network = Network()
+    inference = SemanticInference(
+        multi_scale=True,
+        ratios=[0.5, 1.0, 1.5],
+        average="logits",
+        keep_odd=True,
+        align_corners=True,
+        pad_to=[9, 13],
+    )
+    image = images(1, 3, 8, 12)
+    found = inference(network, image, (8, 12))
+    # int(4.5) and int(6.5) are even, int(13.5) is odd, int(19.5) too
+    sides = [(5, 7), (9, 13), (13, 19)]
+    assert network.shapes == [(1, 3, *side) for side in sides for _ in range(2)]
+    total, whole = 0, padded(image, (9, 13))
+    for side in sides:
+        scaled = F.interpolate(
+            whole, side, mode="bilinear", align_corners=True, antialias=side != (9, 13)
+        )
+        for flipped in (False, True):
+            scores = network(scaled.flip(3) if flipped else scaled)
+            scores = F.interpolate(scores, (9, 13), mode="bilinear", align_corners=True)
+            total = total + (scores.flip(3) if flipped else scores)
+    assert torch.allclose(found, total[:, :, :8, :12] / 6, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{"pad_to": [9]}, {"pad_to": [0, 9]}, {"pad_step": -1}])
+def test_sizes_to_fill_up_to_that_make_no_sense(options):
+    with pytest.raises(UserError, match=next(iter(options))):
+        SemanticInference(**options)
