@@ -86,7 +86,7 @@ def steps_from_cfg(cfg: CfgNode) -> list[T.Augmentation]:
         saturation=node.SATURATION,
         brightness=node.BRIGHTNESS,
         crop_size=cfg.INPUT.CROP.SIZE,
-        pad_value=node.PAD_VALUE,
+        pad_value=list(node.PAD_VALUE),
         ignore_label=cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE,
         flip=cfg.INPUT.RANDOM_FLIP,
         image_format=cfg.INPUT.FORMAT,

@@ -2,7 +2,8 @@
 
 from .common.cityscapes import CROP as _crop
 from .common.cityscapes import NUM_CLASSES as _classes
+from .common.cityscapes import TEST_PAD as _pad
 from .common.cityscapes import dataloader, lr_multiplier, optimizer, train
 from .common.models import segmenter as _segmenter
 
-model = _segmenter(num_classes=_classes, crop=_crop, out_stride=2)
+model = _segmenter(num_classes=_classes, crop=_crop, test_pad=_pad, out_stride=2)

@@ -1,10 +1,11 @@
 """Cityscapes, 19 classes: SGD, 30,000 iterations of 16 crops of 513 x 1025 pixels."""
 
-from .pascal_context import dataloader, lr_multiplier, optimizer, train
+from .recipes import crops, schedule, sgd
 
 NUM_CLASSES = 19
 CROP = [513, 1025]
+TEST_PAD = [1025, 2049]
 
-dataloader.train.dataset.names = "cityscapes_fine_sem_seg_train"
-dataloader.train.mapper.augmentations.crop_size = CROP
-dataloader.test.dataset.names = "cityscapes_fine_sem_seg_val"
+dataloader = crops(data="cityscapes_fine_sem_seg", size=CROP)
+optimizer = sgd()
+train, lr_multiplier = schedule(30_000)

@@ -9,6 +9,7 @@ from hfgd import CARLosses, HFGDHead
 
 FEATURES = ["res0", "res2", "res3", "res4", "res5"]  # res0 tells the head the image's size
 RESNET50 = {"res2": (256, 4), "res3": (512, 8), "res4": (1024, 16), "res5": (2048, 32)}
+LARGE = {"res2": (192, 4), "res3": (384, 8), "res4": (768, 16), "res5": (1536, 32)}
 
 
 def resnet50(layout="late_stride"):
@@ -32,16 +33,38 @@ def resnet50(layout="late_stride"):
     return L(TimmBackbone)(name=name, out_indices=[1, 2, 3, 4], **common)
 
 
-def segmenter(*, num_classes, crop, backbone=None, shapes=None, **head):
+def swin_large():
+    """Swin-L with windows of 12; any size of image, rounded up like the paper's crops."""
+    return _large("swin_large_patch4_window12_384", size_divisibility=0)
+
+
+def convnext_large():
+    """ConvNeXt-L, for sizes that are multiples of 32 (others are filled up)."""
+    return _large("convnext_large")
+
+
+def convnextv2_large():
+    """ConvNeXtV2-L, for sizes that are multiples of 32 (others are filled up)."""
+    return _large("convnextv2_large")
+
+
+def _large(name, **settings):
+    return L(TimmBackbone)(
+        name=name, out_features=FEATURES, drop_path_rate=0.3, norm_eps=1e-6, **settings
+    )
+
+
+def segmenter(*, num_classes, crop, test_pad=None, backbone=None, shapes=None, **head):
     """A backbone, ResNet-50 by default, under an HFGD head, trained on crops and tested on whole
-    images.
+    images (``inference.multi_scale=true`` for six scales with flips, whose logits are averaged).
 
     Args:
+        test_pad: (height, width) that test images are at least filled up to.
         shapes: (channels, stride) of the backbone's maps at strides 4 to 32, by name.
         head: further arguments of ``HFGDHead``.
     """
     shapes = {"res0": (3, 1), **(RESNET50 if shapes is None else shapes)}
-    return segmenters.segmenter(
+    node = segmenters.segmenter(
         backbone=resnet50() if backbone is None else backbone,
         head=L(HFGDHead)(
             input_shape={
@@ -55,6 +78,10 @@ def segmenter(*, num_classes, crop, backbone=None, shapes=None, **head):
         crop=crop,
         slide=False,
     )
+    node.inference.update(
+        average="logits", keep_odd=True, align_corners=True, pad_to=test_pad, pad_value=127.5
+    )
+    return node
 
 
 # SemanticFPN as the paper compares with it

@@ -1,0 +1,13 @@
+"""HFGD with ConvNeXtV2-L (Table 10: 64.6 mIoU)."""
+
+from .common.models import LARGE as _shapes
+from .common.models import convnextv2_large as _convnextv2_large
+from .common.models import segmenter as _segmenter
+from .common.pascal_context_adamw import CROP as _crop
+from .common.pascal_context_adamw import NUM_CLASSES as _classes
+from .common.pascal_context_adamw import TEST_PAD as _pad
+from .common.pascal_context_adamw import dataloader, lr_multiplier, optimizer, train
+
+model = _segmenter(
+    num_classes=_classes, crop=_crop, test_pad=_pad, backbone=_convnextv2_large(), shapes=_shapes
+)
