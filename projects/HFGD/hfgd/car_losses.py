@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from d2dense.layers import sum_over_processes
 
-from .layers import no_autocast
+from .layers import at_least_float32, no_autocast
 
 __all__ = ["CARLosses", "nearest_labels"]
 
@@ -85,9 +85,7 @@ class CARLosses(nn.Module):
         if not (self.intra or self.c2c or self.c2p):
             return {}
         with no_autocast(features):
-            if features.dtype in (torch.float16, torch.bfloat16):
-                features = features.float()
-            pixels = features.permute(0, 2, 3, 1).flatten(0, 2)
+            pixels = at_least_float32(features).permute(0, 2, 3, 1).flatten(0, 2)
             labels = nearest_labels(targets, *features.shape[2:]).flatten()
             classes = torch.arange(num_classes, device=labels.device)
             is_class = (labels[:, None] == classes) & (labels != ignore_value)[:, None]

@@ -13,7 +13,14 @@ from torch import Tensor, nn
 
 from d2dense.errors import UserError, nearest
 
-from .layers import ConvNormReLU, HeadNorm, SelfAttention, float32_attention, glorot
+from .layers import (
+    ConvNormReLU,
+    HeadNorm,
+    SelfAttention,
+    at_least_float32,
+    float32_attention,
+    glorot,
+)
 
 __all__ = [
     "ASPP",
@@ -139,7 +146,7 @@ class OCR(Encoder):
 
     def encode(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         scores, pixels = self.auxiliary(x), self.pixels(x)
-        shares = scores.flatten(2).float().softmax(2).to(pixels.dtype)
+        shares = at_least_float32(scores.flatten(2)).softmax(2).to(pixels.dtype)
         centres = torch.matmul(pixels.flatten(2), shares.transpose(1, 2)).unsqueeze(3)
         found = float32_attention(
             self.query(pixels).flatten(2).transpose(1, 2),

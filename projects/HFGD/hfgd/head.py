@@ -21,7 +21,7 @@ from d2dense.layers import number_of_processes, sum_over_processes
 from .car_losses import CARLosses
 from .encoders import build_encoder
 from .guided import HFGM, ClassKernels
-from .layers import HeadNorm, resize
+from .layers import HeadNorm, at_least_float32, resize
 from .upsampling import FeaturePyramid
 
 __all__ = ["LOSS_NORMALIZERS", "UPSAMPLERS", "HFGDHead"]
@@ -207,7 +207,8 @@ class HFGDHead(nn.Module):
         size = self._image_size(features)
         context = self.encoder(features[self.in_features[-1]])
         no_losses: dict[str, Tensor] = {}
-        return resize(self._fine_scores(features, context, size).float(), *size), no_losses
+        scores = at_least_float32(self._fine_scores(features, context, size))
+        return resize(scores, size[0], size[1]), no_losses
 
     @torch.jit.unused
     def losses(self, features: dict[str, Tensor], targets: Tensor) -> dict[str, Tensor]:
@@ -264,7 +265,7 @@ class HFGDHead(nn.Module):
 
     def _cross_entropy(self, scores: Tensor, targets: Tensor) -> Tensor:
         """Return the sum over this process's pixels, at the labels' size."""
-        enlarged = resize(scores.float(), *targets.shape[1:])
+        enlarged = resize(at_least_float32(scores), *targets.shape[1:])
         return F.cross_entropy(
             enlarged, targets.long(), ignore_index=self.ignore_value, reduction="sum"
         )

@@ -18,6 +18,7 @@ __all__ = [
     "ConvNormReLU",
     "HeadNorm",
     "SelfAttention",
+    "at_least_float32",
     "float32_attention",
     "glorot",
     "no_autocast",
@@ -131,12 +132,16 @@ def float32_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -
     Returns:
         ``(N, T, C)``.
     """
-    if query.dtype in (torch.float16, torch.bfloat16):
-        query, key, value = query.float(), key.float(), value.float()
+    query, key, value = at_least_float32(query), at_least_float32(key), at_least_float32(value)
     if torch.jit.is_scripting():  # which has no autocast, and cannot compile its switch
         return F.scaled_dot_product_attention(query, key, value, scale=scale)
     with no_autocast(query):
         return F.scaled_dot_product_attention(query, key, value, scale=scale)
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """Return ``x`` in float32 where it has 16 bits."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def no_autocast(x: Tensor) -> AbstractContextManager:

@@ -45,7 +45,9 @@ def test_column_layer_golden():
     found = module.column(columns).permute(2, 1, 0)
     assert float(found.sum()) == pytest.approx(1.389065874, abs=1e-9)
     expected = [0.374384069, 0.376781908, 0.386687959, 0.382998577, 0.401195172, 0.395578578]
-    torch.testing.assert_close(found[0].flatten(), torch.tensor(expected).double(), **EXACT)
+    torch.testing.assert_close(
+        found[0].flatten(), torch.tensor(expected, dtype=torch.float64), **EXACT
+    )
 
 
 @torch.no_grad()
@@ -53,7 +55,9 @@ def test_column_then_row_golden():
     found = golden_axial(residual=True)(golden_input())[0]
     assert float(found.sum()) == pytest.approx(-2.354480160, abs=1e-9)
     expected = [1.435376298, 1.358885854, 0.937842340, 1.190600847, 0.005520240, 0.397246491]
-    torch.testing.assert_close(found[0].flatten(), torch.tensor(expected).double(), **EXACT)
+    torch.testing.assert_close(
+        found[0].flatten(), torch.tensor(expected, dtype=torch.float64), **EXACT
+    )
     assert float(found[3, 2, 1]) == pytest.approx(-1.657455709, abs=1e-9)
 
 
@@ -64,7 +68,9 @@ def test_self_attention_golden():
     found = module(golden_input())[0]
     assert float(found.sum()) == pytest.approx(4.937915867, abs=1e-9)
     expected = [-0.132241198, -0.106173031, -0.120559930, -0.137882683, -0.019511504, -0.073102697]
-    torch.testing.assert_close(found[0].flatten(), torch.tensor(expected).double(), **EXACT)
+    torch.testing.assert_close(
+        found[0].flatten(), torch.tensor(expected, dtype=torch.float64), **EXACT
+    )
 
 
 def random_axial(**options):
