@@ -28,17 +28,16 @@ def built(name, **changes):
     return build_encoder(name, **{**settings, **changes})
 
 
-def settle(module):
-    """Running statistics and affine parameters that are not those of a new norm."""
+def settle(module, spread=1.0):
+    """Running statistics, affine parameters and biases that are not those of a new layer."""
     for each in module.modules():
         if isinstance(each, nn.BatchNorm2d):
-            each.running_mean.normal_()
+            each.running_mean.normal_(std=spread)
             each.running_var.uniform_(0.5, 2)
             nn.init.uniform_(each.weight, 0.5, 2)
-            nn.init.normal_(each.bias)
-    for each in module.modules():
+            nn.init.normal_(each.bias, std=spread)
         if isinstance(each, (nn.Conv2d, nn.Linear)) and each.bias is not None:
-            nn.init.normal_(each.bias)
+            nn.init.normal_(each.bias, std=spread)
     return module.eval()
 
 
