@@ -56,8 +56,10 @@ def test_the_results_are_worth_comparing(roots):
         ("loop_coco", "segm", "AP"),
         ("loop_lvis", "bbox", "AP"),
         ("loop_sem_seg", "sem_seg", "mIoU"),
+        ("loop_sem_seg", "sem_seg", "bIoU"),
         ("loop_instance", "segm", "AP"),
         ("loop_semantic", "sem_seg", "iIoU"),
+        ("loop_semantic", "sem_seg", "bIoU"),
     ]:
         assert 1 < results[key] < 99, key
     few = worker.read(roots[1], "in_order", 1)

@@ -94,7 +94,11 @@ def build(root):
         "loop_instance": (images, Oracle(outputs["ins"])),
         "loop_semantic": (images, Oracle(outputs["semantic"])),
     }
-    return {name: (*pair, build_evaluator(name)) for name, pair in models.items()}
+    boundary = {name: {"boundary_iou": True} for name in ("loop_sem_seg", "loop_semantic")}
+    return {
+        name: (*pair, build_evaluator(name, **boundary.get(name, {})))
+        for name, pair in models.items()
+    }
 
 
 def run(args):
