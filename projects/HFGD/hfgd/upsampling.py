@@ -77,15 +77,19 @@ class FeaturePyramid(nn.Module):
         if self.halvings > 1:
             steps.append((size[0], size[1]))
 
-        branches: list[Tensor] = []
+        outputs: list[Tensor] = []
         for level, branch in enumerate(self.branches):
             x, first = sums[level], min(3 - level, 2)
             for k, conv in enumerate(branch):
                 x = conv(x)
-                if level > 0 or k > 0:  # P2's first convolution stays at its size
+                is_shared = self.halvings > 0 and k == len(branch) - 1
+                if (level > 0 or k > 0) and not is_shared:  # P2's first one stays at its size
                     x = resize(x, steps[first + k][0], steps[first + k][1])
-            branches.append(x)
-        return self.end(branches[0] + branches[1] + branches[2] + branches[3])
+            outputs.append(x)
+        merged = outputs[0] + outputs[1] + outputs[2] + outputs[3]
+        if self.halvings > 0:  # the last enlargement of all branches, which is linear
+            merged = resize(merged, steps[-1][0], steps[-1][1])
+        return self.end(merged)
 
     def _top_down(self, maps: list[Tensor], top: Tensor) -> list[Tensor]:
         """Return P2, P3, P4 and P5."""

@@ -101,7 +101,7 @@ def test_evaluation_computes_the_fine_path_alone():
     head = tiny.head(out_stride=4).eval()
     seen = []
     head.classifier.register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
-    scores, losses = head(tiny.maps(65, 97))
+    _, losses = head(tiny.maps(65, 97))
     assert seen == [(2, tiny.CLASSES, 17, 25)]
     assert losses == {}
     costs = count_macs(head, tiny.maps(65, 97, images=1))
