@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tests.modeling.waiting import OpCounter
 from tests.projects.hfgd import tiny
 
 FINE = ("upsampler.", "hfgm.")
@@ -234,3 +235,12 @@ def test_mixed_precision_trains_with_finite_losses():
     assert all(loss.dtype == torch.float32 and loss.isfinite() for loss in losses.values())
     sum(losses.values()).backward()
     assert all(p.grad.isfinite().all() for p in head.parameters())
+
+
+@pytest.mark.parametrize("options", [{}, {"encoder": "ocr", "loss_normalizer": "valid"}])
+def test_a_training_step_never_waits_for_the_device(options):
+    head, features, targets = tiny.head(**options), tiny.maps(65, 65), tiny.labels(65, 65)
+    with OpCounter() as counter:
+        sum(head(features, targets)[1].values()).backward()
+    assert counter.total > 100
+    assert counter.waiting == 0
