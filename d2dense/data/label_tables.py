@@ -64,19 +64,21 @@ class LabelTable:
             UnknownValue: a value that the table does not list.
         """
         table = self._classes
-        # everything outside the table becomes its last entry, which is unknown
-        inside = (labels >= 0) & (labels < len(table))
-        found = table[np.where(inside, labels, len(table) - 1)]
-        unknown = found == _UNKNOWN
-        if unknown.any():
+        index = labels
+        if labels.dtype != np.uint8:  # those are all inside the table
+            # everything outside it becomes its last entry, which is unknown
+            inside = (labels >= 0) & (labels < len(table))
+            index = np.where(inside, labels, len(table) - 1)
+        is_known = (table != _UNKNOWN)[index]
+        if not is_known.all():
             raise UnknownValue(
-                f"label map {path} has the value {int(labels[unknown][0])}, which the label table "
-                f"{self.name!r} does not list ({_spans(self.values)}); correct the file, or name "
-                "the table that it was made for (label_table)"
+                f"label map {path} has the value {int(labels[~is_known][0])}, which the label "
+                f"table {self.name!r} does not list ({_spans(self.values)}); correct the file, or "
+                "name the table that it was made for (label_table)"
             )
-        found = np.where(found == _NONE, ignore_label, found)
         is_small = 0 <= ignore_label <= 255 and self.num_classes <= 256
-        return found.astype(np.uint8 if is_small else np.int64)
+        meaning = np.where(table == _NONE, ignore_label, table)
+        return meaning.astype(np.uint8 if is_small else np.int64)[index]
 
     def to_values(self, classes: np.ndarray) -> np.ndarray:
         """Return what the data set's files hold for classes (H, W), as uint8 or uint16: of several
@@ -90,7 +92,7 @@ class LabelTable:
 
     @cached_property
     def _classes(self) -> np.ndarray:
-        table = np.full(max(self.values) + 2, _UNKNOWN, dtype=np.int64)
+        table = np.full(max(*self.values, 255) + 2, _UNKNOWN, dtype=np.int64)
         for value, k in self.values.items():
             table[value] = _NONE if k is None else k
         return table
