@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import colorsys
 from collections import Counter
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -189,7 +190,7 @@ def everything(augmentation):
     if isinstance(augmentation, T.Augmentation):
         found = {k: everything(v) for k, v in vars(augmentation).items() if k[0] != "_"}
         return type(augmentation).__name__, found
-    if isinstance(augmentation, (list, tuple)):
+    if isinstance(augmentation, Sequence) and not isinstance(augmentation, str):
         return [everything(each) for each in augmentation]
     return augmentation
 

@@ -11,8 +11,10 @@ from detectron2.config import instantiate
 from torch import nn
 
 from d2dense import config, model_zoo
+from d2dense.data import mappers
 from d2dense.engine.experiment import experiment
 from d2dense.engine.optim import is_norm
+from tests.data.test_semantic_augmentations import everything
 
 PASCAL, CITY = "pascal_context_sem_seg", "cityscapes_fine_sem_seg"
 COCO, ADE = "coco_stuff_164k_sem_seg", "ade20k_sem_seg"
@@ -272,3 +274,13 @@ def test_ablations_differ_from_hfgd_in_one_thing():
     changed = {key for key, shape in parameters("hfgd_r50_os4").items() if lead[key] != shape}
     assert len(changed) == 2
     assert all(lead[key][2:] == (3, 3) for key in changed)
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if f"HFGD/{n}" in model_zoo.list_models("yaml")])
+def test_both_kinds_change_images_alike(name):
+    """Down to the numbers inside nested steps."""
+    by_yaml = mappers.from_cfg(model_zoo.get_config(f"HFGD/{name}", "yaml"), True)
+    by_lazy = instantiate(model_zoo.get_config(f"HFGD/{name}").dataloader.train.mapper)
+    found = [everything(each.augmentations.augs) for each in (by_yaml, by_lazy)]
+    assert found[0] == found[1]
+    assert found[0][0][1]["scale_step"] == 0.25
