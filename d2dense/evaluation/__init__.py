@@ -1,6 +1,7 @@
 """Evaluation of any registered test set: boxes, masks, semantic label maps."""
 
-from .cityscapes import CityscapesInstanceEvaluator, CityscapesSemSegEvaluator
+from .cityscapes import CityscapesInstanceEvaluator
+from .cityscapes_sem_seg import CityscapesSemSegEvaluator
 from .coco import COCOEvaluator
 from .factory import build_evaluator
 from .loop import evaluate, flatten, write_results

@@ -18,7 +18,7 @@ EVALUATORS = {
     "coco_panoptic_seg": ("coco", "COCOEvaluator"),
     "lvis": ("lvis", "LVISEvaluator"),
     "cityscapes_instance": ("cityscapes", "CityscapesInstanceEvaluator"),
-    "cityscapes_sem_seg": ("cityscapes", "CityscapesSemSegEvaluator"),
+    "cityscapes_sem_seg": ("cityscapes_sem_seg", "CityscapesSemSegEvaluator"),
     "classification": ("classification", "ClassificationEvaluator"),
     "sem_seg": ("sem_seg", "SemSegEvaluator"),
 }
