@@ -287,15 +287,13 @@ class _Loader(torchdata.DataLoader):
     """
 
     def __init__(self, *args: Any, num_workers: int, **kwargs: Any):
-        context = _context(num_workers)
-        self._arrivals = workers.Arrivals(num_workers) if context == "fork" else None
         # Its workers' seed comes from here and not from the global generator: reading data must not
         # change the numbers that the model draws.
         super().__init__(
             *args,
             num_workers=num_workers,
-            multiprocessing_context=context,
-            worker_init_fn=self._arrivals or workers.start,
+            multiprocessing_context=_context(num_workers),
+            worker_init_fn=workers.start,
             generator=torch.Generator(),
             **kwargs,
         )
@@ -311,8 +309,10 @@ class _Loader(torchdata.DataLoader):
                 workers.end(batches)
 
     def _start(self) -> Iterator:
-        if self._arrivals is not None:
-            return self._arrivals.started(super().__iter__)
+        context = self.multiprocessing_context
+        if context is not None and context.get_start_method() == "fork":
+            self.worker_init_fn = arrivals = workers.Arrivals(self.num_workers)
+            return arrivals.started(super().__iter__)
         with workers.held_signals():
             return super().__iter__()
 

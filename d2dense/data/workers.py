@@ -56,7 +56,7 @@ class Arrivals:
     waits for a lock that a thread of the process group held at that moment. Nobody would tell the
     training process, which would wait for that worker's batches for ever.
 
-    An instance is the loader's ``worker_init_fn``.
+    An instance is the ``worker_init_fn`` of one iteration of a loader whose workers are forked.
     """
 
     def __init__(self, num_workers: int):

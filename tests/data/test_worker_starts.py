@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import multiprocessing
 import os
 import signal
 import time
@@ -42,6 +43,9 @@ def hang(monkeypatch):
         return pids
 
     yield hanging
+    limit = time.monotonic() + 20
+    while multiprocessing.active_children() and time.monotonic() < limit:
+        time.sleep(0.01)  # those that were told to end
     for pid in pids:
         with pytest.raises(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)  # none may be left
