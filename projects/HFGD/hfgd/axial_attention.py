@@ -1,4 +1,4 @@
-"""Axial attention: every pixel sees its column, then its row (HFGM, section 3.2).
+"""Axial attention: every pixel sees its column, then its row.
 
 Letters: N images, C channels, H and W of the map, L lines, T pixels of a line, M heads.
 """

@@ -1,5 +1,4 @@
-"""HFGD's head: context-augmented encoder, upsampling, guidance by high-level features, losses
-(sections 2 to 5 of this project's README name the parts).
+"""HFGD's head: context-augmented encoder, upsampling, guidance by high-level features, losses.
 
 Letters: N images, K classes, H and W of the image, C width of the decoder (256).
 """
