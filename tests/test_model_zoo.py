@@ -9,6 +9,7 @@ from d2dense import config, model_zoo
 from d2dense.errors import UserError
 
 TINY = "FSCascade/fscascade_tiny_shapes"
+LAZY_ONLY = {"CEDNet/mask2former_cednet_tiny_shapes"}  # its parts have no yacs keys
 
 
 def test_every_model_is_lazy_and_tiny_ones_are_yaml_too():
@@ -16,7 +17,7 @@ def test_every_model_is_lazy_and_tiny_ones_are_yaml_too():
     assert names == model_zoo.list_models("lazy")
     assert set(yaml) <= set(names)
     tiny = [name for name in names if name.endswith("cednet_tiny_shapes") or "FSCascade" in name]
-    assert set(tiny) <= set(yaml)
+    assert set(tiny) - set(yaml) == LAZY_ONLY
     assert {"FSCascade/fscascade_r50_fpn_1x", "FSCascade/cascade_rcnn_r50_fpn_1x"} <= set(names)
     assert any("tiny" in name for name in names)
     assert not any("base" in name for name in names)
