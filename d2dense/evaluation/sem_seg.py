@@ -268,13 +268,17 @@ class SemSegEvaluator(ImageEvaluator):
         return values.astype(np.uint8 if max(count, none) <= 255 else np.uint16)
 
     def _segments(self, predicted: np.ndarray, image: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """One run-length mask per predicted class, under the data set's own class numbers."""
+        """One run-length mask per predicted class, under the data set's own class numbers; images
+        are numbers where their names are, as in COCO.
+        """
+        key = str(image_key(image))
         mapping = self.metadata.get("stuff_dataset_id_to_contiguous_id") or {}
         own_ids = {contiguous: id_ for id_, contiguous in mapping.items()}
         classes = [int(k) for k in np.unique(predicted) if k < len(self.class_names)]
         codes = encode_masks(np.stack([predicted == k for k in classes])) if classes else []
         return [
             {
+                "image_id": int(key) if key.isdigit() else key,
                 "file_name": image.get("file_name", ""),
                 "category_id": own_ids.get(k, k),
                 "segmentation": code,

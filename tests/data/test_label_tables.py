@@ -15,6 +15,7 @@ from d2dense.data.mappers import SemanticMapper
 from d2dense.data.reading import SampleError, read_sem_seg
 from d2dense.errors import UserError
 from d2dense.evaluation import build_evaluator
+from tools import check_dataset
 
 REMOVED_FROM_COCO = {11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90}
 
@@ -253,6 +254,7 @@ def test_coco_segments_have_coco_ids(published, tmp_path):
     segments = json.loads((tmp_path / "out" / "sem_seg_predictions.json").read_text())
     # person, stop sign (its id is 13), toothbrush, banner, wood
     assert [s["category_id"] for s in segments] == [1, 13, 90, 92, 182]
+    assert all(s["image_id"] == 1 for s in segments)
 
 
 def test_lists_that_do_not_fit(published):
@@ -280,6 +282,18 @@ def test_a_folder_by_config_may_use_any_table(tmp_path):
     name = custom(tmp_path, label_table=own, classes=["some", "other"])
     labels = [read_sem_seg(r, np.zeros((*SIZE, 3)), 9) for r in datasets.load(name)]
     assert [np.unique(each).tolist() for each in labels] == [[0, 1, 9], [1]]
+
+
+def test_the_checking_tool_knows_tables_and_lists(tmp_path, capsys):
+    write_pair(tmp_path, "a", [0, 1, 59])
+    write_pair(tmp_path, "b", [60])
+    (tmp_path / "list.txt").write_text("a\n")
+    folders = [f"--{name}={tmp_path / name}" for name in ("images", "labels")]
+    argv = [*folders, "--label-table", "pascal_context"]
+    assert check_dataset.main([*argv, "--split", str(tmp_path / "list.txt")]) == 0
+    assert "wood" in capsys.readouterr().out
+    assert check_dataset.main(argv) == 1
+    assert "has the value 60" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -112,6 +112,20 @@ def test_training_and_evaluation(shared_data, tmp_path, which, classes, kind):
         assert picture.size[::-1] == (images[0][0]["height"], images[0][0]["width"])
 
 
+def test_other_segmenters_may_train_on_padded_crops(shared_data):
+    overrides = ["DATASETS.CLASS_COUNT", "auto", "SOLVER.IMS_PER_BATCH", "2"]
+    overrides += ["INPUT.MAPPER", "padded_crops", "INPUT.CROP.SIZE", "[65,97]"]
+    for slot in ("train", "val"):
+        for key, value in entries(shared_data, "camvid", slot).items():
+            overrides += [f"DATASETS.CUSTOM.{slot.upper()}.{key.upper()}", str(value)]
+    path = model_zoo.get_config_file("CEDNet/upernet_cednet_tiny_shapes", "yaml")
+    run = experiment(config.load(path, overrides), device="cpu")
+    batch = next(iter(run.build_train_loader()))
+    assert batch[0]["image"].shape == (3, 65, 97)
+    losses = run.build_model().train()(batch)
+    assert all(torch.isfinite(value) for value in losses.values())
+
+
 def test_another_number_of_classes_is_named_before_the_first_step(shared_data):
     changes = [("DATASETS.CLASS_COUNT", "train.class_count", "check")]
     for kind in KINDS:
