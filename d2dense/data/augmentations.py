@@ -411,8 +411,9 @@ class _Pad(PadTransform):
             value = np.broadcast_to(self.pad_value, channels).tolist()
         except ValueError:
             raise UserError(
-                f"INPUT.LSJ.PAD_VALUE or INPUT.PADDED_CROPS.PAD_VALUE / pad_value = {self.pad_value}: "
-                f"an image has {channels} channels; give one value, or one for each"
+                "INPUT.LSJ.PAD_VALUE or INPUT.PADDED_CROPS.PAD_VALUE / pad_value is "
+                f"{self.pad_value}: an image has {channels} channels; give one value, or one for "
+                "each"
             ) from None
         borders = (self.y0, self.y1, self.x0, self.x1)
         padded = cv2.copyMakeBorder(image, *borders, cv2.BORDER_CONSTANT, value=value)
