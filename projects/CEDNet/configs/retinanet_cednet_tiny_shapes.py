@@ -1,4 +1,6 @@
-"""A small CEDNet RetinaNet that learns the generated shapes from scratch in minutes on a CPU."""
+"""A small CEDNet RetinaNet for tests: minutes on a CPU, from scratch, on the generated shapes, which
+it only starts to learn (benchmarks/cednet_learning.md).
+"""
 
 from d2dense.config import detectors
 
