@@ -1,4 +1,4 @@
-"""A small CEDNet RetinaNet for tests: minutes on a CPU, from scratch, on the generated shapes, which
+"""A small CEDNet RetinaNet for tests: minutes on a CPU, from scratch, on generated shapes, which
 it only starts to learn (benchmarks/cednet_learning.md).
 """
 
