@@ -1,0 +1,67 @@
+"""What an auxiliary head gives to the detector.
+
+Letters: N images, C channels, A candidates, F feature rows, K classes, Hl and Wl size of level l.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from detectron2.structures import Instances
+from torch import Tensor, nn
+
+__all__ = ["AuxiliaryHead", "Candidates"]
+
+
+class Candidates(NamedTuple):
+    """Places that a head has assigned to objects or to the background; queries are made of them.
+
+    Attributes:
+        boxes: ``(N, A, 4)``, xyxy in pixels: anchors, proposals, or boxes around points; detached.
+        labels: ``(N, A)``, the class of the object, K for the background.
+        targets: ``(N, A, 4)``, xyxy in pixels, the object's box; any box for the background.
+        usable: ``(N, A)``, False for rows that only fill up.
+        features: ``(N, F, C)``, what the head saw at the candidates, not detached.
+        rows: ``(A,)``, each candidate's row of ``features``; None: row by row (F = A).
+    """
+
+    boxes: Tensor
+    labels: Tensor
+    targets: Tensor
+    usable: Tensor
+    features: Tensor
+    rows: Tensor | None = None
+
+
+class AuxiliaryHead(nn.Module):
+    """A detector's head on the maps of the multi-scale adapter, trained beside the decoder.
+
+    Attributes:
+        strides: of the maps that it takes, in pixels.
+    """
+
+    strides: tuple[int, ...]
+
+    def losses(
+        self, maps: Sequence[Tensor], instances: Sequence[Instances]
+    ) -> tuple[dict[str, Tensor], Candidates]:
+        """Return the losses under names without a suffix, with the head's own weights but not yet
+        the detector's weight of auxiliary heads, and the candidates.
+
+        Args:
+            maps: ``(N, C, Hl, Wl)`` per level, finest first
+            instances: with ``gt_boxes``, ``gt_classes`` and the image's size without padding
+        """
+        raise NotImplementedError
+
+    def detect(
+        self, maps: Sequence[Tensor], image_sizes: Sequence[tuple[int, int]]
+    ) -> list[Instances]:
+        """Return this head's own detections per image, best first, in pixels of the input.
+
+        Args:
+            maps: ``(N, C, Hl, Wl)`` per level, finest first
+            image_sizes: height and width without padding
+        """
+        raise NotImplementedError
