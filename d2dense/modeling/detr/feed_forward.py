@@ -1,29 +1,50 @@
-"""The perceptron of transformer layers."""
+"""The perceptrons of transformers."""
 
 from __future__ import annotations
 
-import torch.nn.functional as F
+from itertools import pairwise
+
 from torch import Tensor, nn
 
-__all__ = ["FeedForward"]
+__all__ = ["FeedForward", "perceptron", "xavier_matrices"]
+
+_ACTIVATIONS = {"relu": nn.ReLU, "prelu": nn.PReLU}
 
 
 class FeedForward(nn.Module):
-    """Linear, ReLU, linear on ``(..., C)``, with dropout after both.
+    """Linear, activation, linear on ``(..., C)``, with dropout after both.
 
     Args:
         channels: C
         hidden: width between the two
         dropout: probability
+        activation: "relu" or "prelu"
     """
 
-    def __init__(self, *, channels: int, hidden: int, dropout: float = 0.0):
+    def __init__(
+        self, *, channels: int, hidden: int, dropout: float = 0.0, activation: str = "relu"
+    ):
         super().__init__()
         self.linear1 = nn.Linear(channels, hidden)
+        self.activation = _ACTIVATIONS[activation]()
         self.linear2 = nn.Linear(hidden, channels)
         self.dropout = nn.Dropout(dropout)
-        for layer in (self.linear1, self.linear2):
-            nn.init.xavier_uniform_(layer.weight)
+        xavier_matrices(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.dropout(self.linear2(self.dropout(F.relu(self.linear1(x)))))
+        return self.dropout(self.linear2(self.dropout(self.activation(self.linear1(x)))))
+
+
+def perceptron(*widths: int) -> nn.Sequential:
+    """Return linear layers between these widths, with ReLU between them."""
+    layers = []
+    for before, after in pairwise(widths):
+        layers += [nn.Linear(before, after), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
+
+
+def xavier_matrices(module: nn.Module) -> None:
+    """Draw every matrix of ``module`` anew, uniform after Glorot."""
+    for parameter in module.parameters():
+        if parameter.dim() > 1:
+            nn.init.xavier_uniform_(parameter)

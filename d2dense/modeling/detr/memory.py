@@ -24,12 +24,14 @@ class Memory(NamedTuple):
         shapes: (Hl, Wl) per level.
         padding: ``(N, S)``, True where there is no image.
         valid_ratios: ``(N, L, 2)``, the share of the level's width and height that is image.
+        positions: ``(N, S, C)``, their encoding, for decoders whose attention compares positions.
     """
 
     tokens: Tensor
     shapes: list[tuple[int, int]]
     padding: Tensor
     valid_ratios: Tensor
+    positions: Tensor | None = None
 
 
 def padding_masks(
