@@ -1,0 +1,91 @@
+"""Names that the official code gives to the tensors of backbones and necks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from detectron2.modeling.backbone import ResNet, SwinTransformer
+from torch import Tensor, nn
+
+from d2dense.modeling.detr import ChannelMapper
+
+__all__ = ["constants", "names"]
+
+
+def names(module: nn.Module) -> dict[str, str]:
+    """Return our name -> official name of every tensor in ``module.state_dict()``, the official
+    ones without ``backbone.`` or ``neck.`` in front.
+
+    Raises:
+        ValueError: a backbone or neck that the official code does not have.
+    """
+    return {name: _renamer(module)(name) for name in module.state_dict()}
+
+
+def constants(module: nn.Module) -> dict[str, Tensor]:
+    """Return official name -> value of the tensors that only the official code saves, because ours
+    computes them or has no use for them; without ``backbone.`` or ``neck.`` in front.
+    """
+    if isinstance(module, ResNet):
+        return _batch_counts(module)
+    return {}
+
+
+def _renamer(module: nn.Module) -> Callable[[str], str]:
+    for kind, rename in _RENAME.items():
+        if isinstance(module, kind):
+            return rename
+    raise ValueError(f"the official code has no counterpart of {type(module).__name__}")
+
+
+def _replaced(name: str, parts: dict[str, str]) -> str:
+    for ours, theirs in parts.items():
+        name = name.replace(ours, theirs)
+    return name
+
+
+# ------------------------------------------------ ResNet, under torchvision's names
+
+_RESNET = {
+    "stem.": "",
+    **{f"res{k}.": f"layer{k - 1}." for k in range(2, 6)},
+    **{f"conv{k}.norm.": f"bn{k}." for k in range(1, 4)},
+    "shortcut.norm.": "downsample.1.",
+    "shortcut.": "downsample.0.",
+}
+
+
+def _resnet(name: str) -> str:
+    return _replaced(name, _RESNET)
+
+
+def _batch_counts(module: ResNet) -> dict[str, Tensor]:
+    """Return the counts of seen batches that frozen norms do not have."""
+    own = module.state_dict().keys()
+    counts = (
+        name.removesuffix("running_var") + "num_batches_tracked"
+        for name in own
+        if name.endswith("running_var")
+    )
+    return {_resnet(name): torch.tensor(0) for name in counts if name not in own}
+
+
+# ------------------------------------------------ necks
+
+
+def _channel_mapper(name: str) -> str:
+    if ".norm." in name:
+        return name.replace(".norm.", ".gn.")
+    return name.replace(".weight", ".conv.weight")
+
+
+def _same(name: str) -> str:
+    return name
+
+
+_RENAME: dict[type, Callable[[str], str]] = {
+    ResNet: _resnet,
+    SwinTransformer: _same,
+    ChannelMapper: _channel_mapper,
+}
