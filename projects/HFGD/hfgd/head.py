@@ -264,7 +264,9 @@ class HFGDHead(nn.Module):
 
     def _cross_entropy(self, scores: Tensor, targets: Tensor) -> Tensor:
         """Return the sum over this process's pixels, at the labels' size."""
-        enlarged = resize(at_least_float32(scores), *targets.shape[1:])
+        # class by class, as log_softmax reads it: enlarged channels last, it would be copied
+        scores = at_least_float32(scores).contiguous()
+        enlarged = resize(scores, *targets.shape[1:])
         return F.cross_entropy(
             enlarged, targets.long(), ignore_index=self.ignore_value, reduction="sum"
         )
