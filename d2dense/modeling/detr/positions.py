@@ -1,6 +1,6 @@
-"""Sine encoding of image positions.
+"""Sine encoding of image positions and of coordinates.
 
-Letters: N images, Hl and Wl size of a level, E channels per axis.
+Letters: N images, Hl and Wl size of a level, E channels per axis or coordinate.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-__all__ = ["SinePositions"]
+__all__ = ["SinePositions", "encode_coordinates"]
 
 
 class SinePositions(nn.Module):
@@ -43,11 +43,26 @@ class SinePositions(nn.Module):
             count = there.cumsum(dim)
             last = count.narrow(dim, count.shape[dim] - 1, 1)
             angle = (count + self.offset) / (last + 1e-6) * (2 * math.pi)
-            axes.append(self._waves(angle))
+            axes.append(_waves(angle, self.channels // 2, self.temperature))
         return torch.cat(axes, dim=3).permute(0, 3, 1, 2)
 
-    def _waves(self, angle: Tensor) -> Tensor:
-        half = self.channels // 2
-        pair = torch.arange(half // 2, dtype=torch.float32, device=angle.device)
-        angle = angle[..., None] / self.temperature ** (4 * pair / self.channels)
-        return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(3)
+
+def encode_coordinates(
+    coordinates: Tensor, *, channels: int, temperature: float = 10000.0
+) -> Tensor:
+    """Return sines and cosines by turns, the coordinates one after the other, ``(..., K E)``,
+    float32.
+
+    Args:
+        coordinates: ``(..., K)``, relative to the image: 1 is a whole turn
+        channels: E, of each coordinate
+        temperature: ratio of the longest to the shortest wave length
+    """
+    return _waves(coordinates.float() * (2 * math.pi), channels, temperature).flatten(-2)
+
+
+def _waves(angle: Tensor, channels: int, temperature: float) -> Tensor:
+    """Return ``(..., channels)`` from ``(...)``."""
+    pair = torch.arange(channels // 2, dtype=torch.float32, device=angle.device)
+    angle = angle[..., None] / temperature ** (2 * pair / channels)
+    return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(-2)
