@@ -66,6 +66,10 @@ def _add_data_keys(cfg: CN) -> None:
     cfg.INPUT.COPY_PASTE.MARGIN = 15
     cfg.INPUT.COPY_PASTE.CORRECTED = False
     cfg.INPUT.COPY_PASTE.MIN_VISIBLE = 0.25
+    # ANY_NUMBER: as many as a draw says. MIN_PIXELS: a rule instead of MIN_VISIBLE; None is none.
+    cfg.INPUT.COPY_PASTE.ANY_NUMBER = False
+    cfg.INPUT.COPY_PASTE.MIN_PIXELS = None
+    cfg.INPUT.COPY_PASTE.MAX_SHIFT = 10.0
     # "semantic", "padded_crops": photometric distortion, and (not "padded_crops") the largest
     # share one class may have in a crop.
     cfg.INPUT.COLOR_DISTORTION = True
@@ -242,6 +246,19 @@ def _add_model_keys(cfg: CN) -> None:
     # BACKBONE.NAME "LateStrideResNet" (modeling/late_stride_resnet.py), a ResNet that MODEL.TIMM
     # describes: stride of its last stages (32, 16 or 8), and dilations of the last one's blocks.
     cfg.MODEL.LATE_STRIDE = CN({"OUTPUT_STRIDE": 32, "MULTI_GRID": (1, 2, 4)})
+    # BACKBONE.NAME "EVA02ViT" (modeling/vit.py), which explains the sizes; its map is "res4";
+    cfg.MODEL.VIT = CN({"CHANNELS": 1024, "DEPTH": 24, "HEADS": 16, "PATCH": 16})
+    cfg.MODEL.VIT.MLP_RATIO = 8 / 3
+    # side of the windows in tokens, and the blocks that attend everywhere,
+    cfg.MODEL.VIT.WINDOW = 24
+    cfg.MODEL.VIT.GLOBAL_BLOCKS = (3, 7, 11, 15, 19, 23)
+    # side of the grid of learned positions, and of the grid to which global blocks scale their
+    # rotary ones (None: each map's own),
+    cfg.MODEL.VIT.POSITION_SIDE = 32
+    cfg.MODEL.VIT.ROTARY_SIDE = None
+    # drop path of the last block, and to what multiple batches are filled up.
+    cfg.MODEL.VIT.DROP_PATH = 0.4
+    cfg.MODEL.VIT.SIZE_DIVISIBILITY = 32
     _add_detr_keys(cfg)
 
 

@@ -7,7 +7,7 @@ annotations say what is to be seen.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -47,6 +47,9 @@ class CopyPaste:
         margin: int = 15,
         corrected: bool = False,
         min_visible: float = 0.25,
+        any_number: bool = False,
+        min_pixels: int | None = None,
+        max_shift: float = 10.0,
     ):
         """
         Args:
@@ -62,11 +65,16 @@ class CopyPaste:
                 bit masks.
             min_visible: with ``corrected``, a target object of which a smaller share of its mask
                 (or else of its box) stays visible is dropped.
+            any_number: how many objects are pasted is random too, from none to all that may be.
+            min_pixels: with ``corrected``, another rule than ``min_visible``, that of MMDetection's
+                copy-paste: a target object is dropped of which at most so many pixels stay visible,
+                if that moves a side of its box by more than ``max_shift`` pixels.
         """
         for key, value in (("prob", prob), ("max_iou", max_iou), ("min_visible", min_visible)):
             if not 0 <= value <= 1:
                 raise UserError(f"{_key(key)} = {value}, expected a number from 0 to 1")
-        for key, value in (("max_objects", max_objects), ("margin", margin)):
+        numbers = {"max_objects": max_objects, "margin": margin, "min_pixels": min_pixels or 0}
+        for key, value in numbers.items():
             if value < 0:
                 raise UserError(f"{_key(key)} = {value}, expected a whole number from 0")
         self.prob = prob
@@ -75,6 +83,9 @@ class CopyPaste:
         self.margin = margin
         self.corrected = corrected
         self.min_visible = min_visible
+        self.any_number = any_number
+        self.min_pixels = min_pixels
+        self.max_shift = max_shift
 
     def is_due(self, target: Sample) -> bool:
         """Draw whether objects are pasted into ``target``; never, if it has none of its own."""
@@ -98,7 +109,7 @@ class CopyPaste:
             old, new = _draw_masks(old), _draw_masks(new)
         covered = self._region(new, tuple(source["image"].shape[-2:]))
         if self.corrected:
-            old = _cut(old, covered, self.min_visible)
+            old = _cut(old, covered, self._stays)
         joined = Instances.cat([old, new])
         large = joined.gt_boxes.nonempty(threshold=_MIN_SIDE)
         joined = joined if bool(large.all()) else joined[large]
@@ -119,8 +130,16 @@ class CopyPaste:
         inside = (boxes.tensor <= boxes.tensor.new_tensor([width, height] * 2)).all(dim=1)
         kept = torch.nonzero((overlap < self.max_iou) & inside)[:, 0]
         count = min(len(kept), self.max_objects)
+        if self.any_number:
+            count = np.random.randint(count + 1)
         order = np.random.choice(np.arange(len(kept)), count, replace=not self.corrected)
         return new[kept[torch.from_numpy(order)]]
+
+    def _stays(self, visible: int, before: int, shift: float) -> bool:
+        """Whether an object stays of which so many of the pixels that it had are visible."""
+        if self.min_pixels is None:
+            return visible >= self.min_visible * before
+        return visible > self.min_pixels or shift <= self.max_shift
 
     def _region(self, new: Instances, source_size: tuple[int, int]) -> np.ndarray:
         """Return (H, W) bool, the pixels that are pasted."""
@@ -206,8 +225,15 @@ def _draw(polygons: Sequence[np.ndarray], size: tuple[int, int]) -> tuple[Window
     return (rows, columns), polygons_to_bitmask(moved, *(high - low).tolist()[::-1])
 
 
-def _cut(instances: Instances, covered: np.ndarray, min_visible: float) -> Instances:
-    """Return what is visible of ``instances`` where the pixels ``covered`` (H, W) hide them."""
+def _cut(
+    instances: Instances, covered: np.ndarray, stays: Callable[[int, int, float], bool]
+) -> Instances:
+    """Return what is visible of ``instances`` where the pixels ``covered`` (H, W) hide them.
+
+    Args:
+        stays: says of an object of which something is visible whether it stays, from its visible
+            pixels, those before, and by how much a side of its box moves
+    """
     boxes = instances.gt_boxes.tensor.clone()
     shapes = instances.gt_masks if instances.has("gt_masks") else _Windows(map(_filled, boxes))
     keep, cut = torch.ones(len(boxes), dtype=torch.bool), []
@@ -215,9 +241,11 @@ def _cut(instances: Instances, covered: np.ndarray, min_visible: float) -> Insta
         visible = shape & ~covered[window]
         before, after = np.count_nonzero(shape), np.count_nonzero(visible)
         if after < before:
-            keep[index] = after > 0 and after >= min_visible * before
-            if keep[index]:
-                boxes[index] = _tighter(boxes[index], window, visible)
+            keep[index] = after > 0
+            if after > 0:
+                box = _tighter(boxes[index], window, visible)
+                keep[index] = stays(after, before, float((box - boxes[index]).abs().max()))
+                boxes[index] = box
         cut.append((window, visible))
     fields = instances.get_fields() | {"gt_boxes": Boxes(boxes)}
     if instances.has("gt_masks"):
@@ -252,4 +280,7 @@ def build_copy_paste(cfg: CfgNode) -> CopyPaste | None:
         margin=node.MARGIN,
         corrected=node.CORRECTED,
         min_visible=node.MIN_VISIBLE,
+        any_number=node.ANY_NUMBER,
+        min_pixels=node.MIN_PIXELS,
+        max_shift=node.MAX_SHIFT,
     )

@@ -258,6 +258,35 @@ def test_corrected_boxes_shrink_to_what_is_to_be_seen():
     assert found.gt_boxes.tensor[:-1].tolist() == [list(box) for box in boxes]
 
 
+def test_the_rule_of_pixels_drops_what_is_small_and_moved():
+    # the source's only object covers columns 20 to 39 of rows 10 to 29
+    source = sample_of(flat(9), [[20, 10, 40, 30]], [5])
+    stays = {
+        (25, 12, 39, 28): False,  # nothing is left
+        (22, 12, 46, 28): False,  # 96 pixels, 18 away from its left side
+        (12, 12, 29, 28): True,  # 128 pixels, but its right side moves by 9 only
+        (12, 2, 44, 38): True,  # sticks out all around
+        (2, 2, 30, 36): True,  # 722 pixels are left
+        (2, 12, 32, 28): False,  # 288 of 480 pixels, but its right side moves by 12
+        (0, 12, 32, 28): True,  # 320 pixels
+    }
+    target = sample_of(flat(0), list(stays))
+    paste = CopyPaste(corrected=True, max_iou=1.0, margin=0, min_pixels=300)
+    found = paste(target, source)["instances"]
+    expected = [index for index, kept in enumerate(stays.values()) if kept]
+    assert found.gt_classes.tolist() == [*expected, 5]
+
+
+def test_any_number_is_drawn_evenly_from_none_to_all():
+    target = sample_of(flat(0), [[0, 0, 2, 2]])
+    source = sample_of(flat(9), [[10 * i + 1, 10, 10 * i + 8, 20] for i in range(4)])
+    paste = CopyPaste(corrected=True, max_iou=1.0, margin=0, any_number=True)
+    np.random.seed(0)
+    counts = [len(paste(target, source)["instances"]) - 1 for _ in range(500)]
+    assert all(70 <= counts.count(k) <= 130 for k in range(5))
+    assert sum(counts.count(k) for k in range(5)) == 500
+
+
 def test_corrected_polygons_become_bit_masks_that_are_cut():
     target = sample_of(flat(0), [[0, 0, 30, 20]], masks=[polygon((0, 0, 30, 20))])
     source = sample_of(flat(1), [[20, 0, 50, 8]], [3], masks=[polygon((20, 0, 50, 8))])
