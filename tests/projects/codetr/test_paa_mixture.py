@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+
 from codetr.heads.mixture import fit_mixture
 
 
