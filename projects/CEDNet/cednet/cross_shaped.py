@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .window import join_windows, split_windows
+from d2dense.layers import join_windows, split_windows
 
 __all__ = ["CrossShapedAttention", "GlobalAttention"]
 

@@ -7,26 +7,11 @@ B windows of all images together.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["WindowAttention", "join_windows", "relative_positions", "split_windows"]
+from d2dense.layers import join_windows, padded_to_multiple, split_windows
 
-
-def split_windows(x: Tensor, height: int, width: int) -> Tensor:
-    """Return the windows of ``(N, H, W, C)`` as ``(B, height * width, C)``, those of an image in
-    reading order; ``height`` and ``width`` divide H and W.
-    """
-    n, h, w, c = x.shape
-    x = x.reshape(n, h // height, height, w // width, width, c)
-    return x.permute(0, 1, 3, 2, 4, 5).reshape(-1, height * width, c)
-
-
-def join_windows(windows: Tensor, height: int, width: int, h: int, w: int) -> Tensor:
-    """Return the map ``(N, h, w, C)`` that :func:`split_windows` cut into ``windows``."""
-    c = windows.shape[-1]
-    x = windows.reshape(-1, h // height, w // width, height, width, c)
-    return x.permute(0, 1, 3, 2, 4, 5).reshape(-1, h, w, c)
+__all__ = ["WindowAttention", "relative_positions"]
 
 
 class WindowAttention(nn.Module):
@@ -74,7 +59,7 @@ class WindowAttention(nn.Module):
         """``(N, H, W, C)`` to the same shape."""
         side = self.window
         h, w = x.shape[1], x.shape[2]
-        x = F.pad(x, (0, 0, 0, (side - w % side) % side, 0, (side - h % side) % side))
+        x = padded_to_multiple(x, side)
         rows, columns = x.shape[1], x.shape[2]
         shifted = self.shift > 0
         if self.roll_back_unshifted:
