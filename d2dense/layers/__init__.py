@@ -8,6 +8,7 @@ from .mlp import MLP2d
 from .norm import NORMS, LayerNorm2d, build_norm, explained_single_values, set_norms
 from .process_sum import number_of_processes, sum_over_processes
 from .sync_norm import SyncBatchNorm, has_sync_norms, replace_sync_norms
+from .windows import join_windows, padded_to_multiple, split_windows
 
 __all__ = [
     "NORMS",
@@ -22,8 +23,11 @@ __all__ = [
     "explained_single_values",
     "fold_for_inference",
     "has_sync_norms",
+    "join_windows",
     "number_of_processes",
+    "padded_to_multiple",
     "replace_sync_norms",
     "set_norms",
+    "split_windows",
     "sum_over_processes",
 ]

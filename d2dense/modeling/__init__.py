@@ -28,6 +28,7 @@ from .segmenter import Segmenter
 from .semantic_inference import SemanticInference
 from .timm_backbone import TimmBackbone
 from .upernet import PyramidPooling, UperNetHead
+from .vit import EVA02ViT
 
 __all__ = [
     "BOX_LOSSES",
@@ -39,6 +40,7 @@ __all__ = [
     "BatchRetinaNet",
     "BatchedCascadeROIHeads",
     "DeformableDETR",
+    "EVA02ViT",
     "FlexibleCascadeROIHeads",
     "ImageClassifier",
     "LateStrideResNet",

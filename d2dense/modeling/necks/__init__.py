@@ -4,5 +4,6 @@ from .bifpn import BiFPN
 from .fpn import PaddedFPN
 from .hrfpn import HRFPN
 from .nas_fpn import NASFPN
+from .simple_pyramid import SimplePyramid
 
-__all__ = ["HRFPN", "NASFPN", "BiFPN", "PaddedFPN"]
+__all__ = ["HRFPN", "NASFPN", "BiFPN", "PaddedFPN", "SimplePyramid"]

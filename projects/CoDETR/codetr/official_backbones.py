@@ -8,7 +8,10 @@ import torch
 from detectron2.modeling.backbone import ResNet, SwinTransformer
 from torch import Tensor, nn
 
+from d2dense.modeling import EVA02ViT
 from d2dense.modeling.detr import ChannelMapper
+from d2dense.modeling.necks import SimplePyramid
+from d2dense.modeling.vit import rotary_table
 
 __all__ = ["constants", "names"]
 
@@ -29,6 +32,8 @@ def constants(module: nn.Module) -> dict[str, Tensor]:
     """
     if isinstance(module, ResNet):
         return _batch_counts(module)
+    if isinstance(module, EVA02ViT):
+        return _rotary_tables(module)
     return {}
 
 
@@ -71,7 +76,49 @@ def _batch_counts(module: ResNet) -> dict[str, Tensor]:
     return {_resnet(name): torch.tensor(0) for name in counts if name not in own}
 
 
+# ------------------------------------------------ EVA-02
+
+_VIT = {
+    "position_embedding": "pos_embed",
+    "patch_embed.": "patch_embed.proj.",
+    ".attn.attention.": ".attn.",
+    "q_proj.bias": "q_bias",
+    "v_proj.bias": "v_bias",
+    ".mlp.fc1_g.": ".mlp.w1.",
+    ".mlp.fc1_x.": ".mlp.w2.",
+    ".mlp.norm.": ".mlp.ffn_ln.",
+    ".mlp.fc2.": ".mlp.w3.",
+}
+
+
+def _vit(name: str) -> str:
+    if name.startswith("norm."):
+        return f"out_{name}"
+    return _replaced(name, _VIT)
+
+
+def _rotary_tables(module: EVA02ViT) -> dict[str, Tensor]:
+    """Return the sines and cosines of windows, and of whole maps where these have a fixed size, as
+    each block saves them.
+    """
+    like = torch.empty(0, device="cpu")
+    tables = {}
+    for prefix, window in (("rope_win", module.window), ("rope_glb", None)):
+        side = window or module.rotary_side
+        if side is None:
+            continue
+        sines, cosines = rotary_table(side, side, module.head_channels, like, side=side).chunk(2, 1)
+        blocks = (i for i, block in enumerate(module.blocks) if block.attn.window == window)
+        for owner in (prefix, *(f"blocks.{i}.attn.rope" for i in blocks)):
+            tables |= {f"{owner}.freqs_cos": cosines, f"{owner}.freqs_sin": sines}
+    return tables
+
+
 # ------------------------------------------------ necks
+
+
+def _simple_pyramid(name: str) -> str:
+    return name.removeprefix("levels.")
 
 
 def _channel_mapper(name: str) -> str:
@@ -87,5 +134,7 @@ def _same(name: str) -> str:
 _RENAME: dict[type, Callable[[str], str]] = {
     ResNet: _resnet,
     SwinTransformer: _same,
+    EVA02ViT: _vit,
     ChannelMapper: _channel_mapper,
+    SimplePyramid: _simple_pyramid,
 }
