@@ -1,0 +1,236 @@
+"""FCOS as an auxiliary head: points near the centres of objects predict them.
+
+Letters: N images, C channels, A points of all levels together (levels, rows, columns), G most
+objects in an image, K classes, Hl and Wl size of level l.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from detectron2.layers import ShapeSpec
+from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
+from detectron2.modeling.meta_arch.fcos import FCOSHead as FCOSLayers
+from detectron2.structures import Instances
+from torch import Tensor
+
+from codetr.auxiliary import AuxiliaryHead, Candidates
+from d2dense.errors import UserError
+from d2dense.modeling.box_regression import giou_loss
+
+from .dense import average_factor, dense_detections, flatten_levels, focal_sum
+from .objects import Objects, chunks, pad_objects
+
+__all__ = ["FCOSHead", "assign_points", "centerness"]
+
+
+class FCOSHead(AuxiliaryHead):
+    """FCOS with centre sampling; boxes in units of the stride; centerness from the box branch.
+
+    A point of the level with stride s, in the middle of its cell, takes objects whose farthest side
+    is in (4 s, 8 s] away, from 0 on at the finest level and without limit at the coarsest. That is
+    64, 128, ... 512 for strides 8 to 128; a level of stride 4 takes sides up to 32. Points over the
+    padding count as background, as in the original.
+
+    The layers are Detectron2's, which have no learned scale per level, as boxes are normalised.
+
+    Args:
+        channels: C
+        strides: of the levels, in pixels
+        num_classes: K
+        convs: 3x3 convolutions of each branch, at least 1
+        radius: of the area around an object's centre that takes part, in strides
+        class_weight, box_weight, centerness_weight: of the losses
+        alpha, gamma: of the focal loss
+        prior: initial score of every class
+        score_threshold, candidates_per_level, nms_threshold, max_detections: of the detections
+    """
+
+    def __init__(
+        self,
+        *,
+        channels: int = 256,
+        strides: Sequence[int] = (8, 16, 32, 64, 128),
+        num_classes: int = 80,
+        convs: int = 1,
+        radius: float = 1.5,
+        class_weight: float = 1.0,
+        box_weight: float = 1.0,
+        centerness_weight: float = 1.0,
+        alpha: float = 0.25,
+        gamma: float = 2.0,
+        prior: float = 0.01,
+        score_threshold: float = 0.05,
+        candidates_per_level: int = 1000,
+        nms_threshold: float = 0.5,
+        max_detections: int = 100,
+    ):
+        super().__init__()
+        if convs < 1:
+            raise UserError(f"FCOS head with convs={convs}: expected at least 1")
+        self.strides = tuple(strides)
+        self.num_classes = num_classes
+        self.radius = radius
+        self.class_weight, self.box_weight = class_weight, box_weight
+        self.centerness_weight = centerness_weight
+        self.alpha, self.gamma = alpha, gamma
+        self.detection = {
+            "score_threshold": score_threshold,
+            "candidates_per_level": candidates_per_level,
+            "nms_threshold": nms_threshold,
+            "max_detections": max_detections,
+        }
+        self.layers = FCOSLayers(
+            input_shape=[ShapeSpec(channels=channels, stride=stride) for stride in strides],
+            conv_dims=[channels] * convs,
+            num_classes=num_classes,
+            norm="GN",
+            prior_prob=prior,
+        )
+        # a query of a point starts from a square of 8 strides around it
+        self.squares = DefaultAnchorGenerator(
+            sizes=[[8.0 * stride] for stride in strides],
+            aspect_ratios=[[1.0]],
+            strides=list(strides),
+            offset=0.5,
+        )
+
+    def forward(self, maps: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Return logits ``(N, A, K)``, distances in strides to the left, top, right and bottom
+        ``(N, A, 4)``, and logits of the centerness ``(N, A)``, all float32.
+        """
+        logits, distances, ratings = self.layers(list(maps))
+        return (
+            flatten_levels(logits, self.num_classes),
+            flatten_levels(distances, 4).relu(),
+            flatten_levels(ratings, 1)[..., 0],
+        )
+
+    def losses(
+        self, maps: Sequence[Tensor], instances: Sequence[Instances]
+    ) -> tuple[dict[str, Tensor], Candidates]:
+        """Return ``loss_cls``, ``loss_bbox`` and ``loss_centerness``, see
+        :class:`AuxiliaryHead`.
+        """
+        logits, distances, ratings = self(maps)
+        squares, points, strides = self._grid(maps)
+        objects = pad_objects(instances, logits.device)
+        index, positive = assign_points(
+            points, strides, self._reaches(maps, points), objects, radius=self.radius
+        )
+        targets, classes = objects.of(index)
+        labels = classes.masked_fill(~positive, self.num_classes)
+        central = centerness(points, targets).masked_fill(~positive, 0.0)
+        boxes = _boxes_around(points, distances * strides[:, None])
+        # points that do not count get a harmless target: infinities times zero would be no number
+        overlap = giou_loss(boxes, torch.where(positive[..., None], targets, boxes.detach()))
+        number = average_factor(positive.sum())
+        rated = F.binary_cross_entropy_with_logits(ratings, central, reduction="none")
+        focal = focal_sum(logits, labels, alpha=self.alpha, gamma=self.gamma)
+        losses = {
+            "loss_cls": self.class_weight * focal / number,
+            "loss_bbox": self.box_weight
+            * (overlap * central).sum()
+            / average_factor(central.sum()),
+            "loss_centerness": self.centerness_weight * (rated * positive).sum() / number,
+        }
+        candidates = Candidates(
+            boxes=squares.expand_as(targets),
+            labels=labels,
+            targets=targets,
+            usable=torch.ones_like(positive),
+            features=torch.cat([each.flatten(2) for each in maps], dim=2).transpose(1, 2),
+        )
+        return losses, candidates
+
+    @torch.no_grad()
+    def detect(
+        self, maps: Sequence[Tensor], image_sizes: Sequence[tuple[int, int]]
+    ) -> list[Instances]:
+        """Return the detections by score times centerness, see :class:`AuxiliaryHead`."""
+        logits, distances, ratings = self(maps)
+        _, points, strides = self._grid(maps)
+        return dense_detections(
+            logits.sigmoid(),
+            _boxes_around(points, distances * strides[:, None]),
+            [each.shape[2] * each.shape[3] for each in maps],
+            image_sizes,
+            ratings=ratings.sigmoid(),
+            **self.detection,
+        )
+
+    def _grid(self, maps: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Return squares ``(A, 4)``, xyxy, points ``(A, 2)`` and strides ``(A,)``, in pixels."""
+        levels = [boxes.tensor for boxes in self.squares(list(maps))]
+        squares = torch.cat(levels)
+        strides = torch.cat(
+            [squares.new_full((len(level),), s) for level, s in zip(levels, self.strides)]
+        )
+        return squares, (squares[:, :2] + squares[:, 2:]) / 2, strides
+
+    def _reaches(self, maps: Sequence[Tensor], like: Tensor) -> Tensor:
+        """Return how far the farthest side of an object may be, above and up to, ``(A, 2)``."""
+        lower = [-1.0, *(4.0 * stride for stride in self.strides[1:])]
+        upper = [*(8.0 * stride for stride in self.strides[:-1]), math.inf]
+        reaches = []
+        for each, low, high in zip(maps, lower, upper):
+            reach = like.new_empty(each.shape[2] * each.shape[3], 2)
+            reach[:, 0], reach[:, 1] = low, high
+            reaches.append(reach)
+        return torch.cat(reaches)
+
+
+@torch.no_grad()
+def assign_points(
+    points: Tensor, strides: Tensor, reaches: Tensor, objects: Objects, *, radius: float
+) -> tuple[Tensor, Tensor]:
+    """Return each point's object, ``(N, A)``, and whether it has one, ``(N, A)``.
+
+    A point takes the smallest of the objects in which it lies less than ``radius`` strides off the
+    centre, both horizontally and vertically, and whose farthest side is within its reach.
+
+    Args:
+        points: ``(A, 2)``, x and y in pixels
+        strides: ``(A,)``
+        reaches: ``(A, 2)``, the distance to the farthest side is above the first and at most the
+            second
+    """
+    shape = (len(objects.there), len(points))
+    smallest = points.new_full(shape, math.inf)
+    index = torch.zeros(shape, dtype=torch.int64, device=points.device)
+    for part in chunks(objects, 4 * len(points)):
+        boxes = objects.boxes[:, part, None]  # (N, G, 1, 4)
+        sides = _sides(points, boxes)
+        off_centre = (points - (boxes[..., :2] + boxes[..., 2:]) / 2).abs().amax(dim=-1)
+        farthest = sides.amax(dim=-1)
+        fits = (sides.amin(dim=-1) > 0) & (off_centre < radius * strides)
+        fits &= (farthest > reaches[:, 0]) & (farthest <= reaches[:, 1])
+        fits &= objects.there[:, part, None]
+        areas = (boxes[..., 2:] - boxes[..., :2]).prod(dim=-1)
+        area, row = areas.expand_as(fits).masked_fill(~fits, math.inf).min(dim=1)
+        index = torch.where(area < smallest, row + part.start, index)
+        smallest = torch.minimum(area, smallest)
+    return index, smallest < math.inf
+
+
+def centerness(points: Tensor, boxes: Tensor) -> Tensor:
+    """Return how central points ``(A, 2)`` are in xyxy boxes ``(N, A, 4)``, ``(N, A)``: 1 in the
+    centre, 0 on the sides and outside.
+    """
+    sides = _sides(points, boxes).clamp(min=0)
+    left, top, right, bottom = sides.unbind(dim=-1)
+    across = torch.minimum(left, right) / torch.maximum(left, right).clamp(min=1e-6)
+    down = torch.minimum(top, bottom) / torch.maximum(top, bottom).clamp(min=1e-6)
+    return (across * down).sqrt()
+
+
+def _sides(points: Tensor, boxes: Tensor) -> Tensor:
+    """Return the distances of points to the left, top, right and bottom sides of boxes."""
+    return torch.cat([points - boxes[..., :2], boxes[..., 2:] - points], dim=-1)
+
+
+def _boxes_around(points: Tensor, sides: Tensor) -> Tensor:
+    return torch.cat([points - sides[..., :2], points + sides[..., 2:]], dim=-1)
