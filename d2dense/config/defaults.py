@@ -280,16 +280,37 @@ def _add_detr_keys(cfg: CN) -> None:
     # width inside the perceptrons, and dropout,
     cfg.MODEL.DETR.FEEDFORWARD = 1024
     cfg.MODEL.DETR.DROPOUT = 0.1
+    # its encoder, queries and decoder: "deformable",
+    cfg.MODEL.DETR.TRANSFORMER = "deformable"
     # the sine encoding of positions,
     cfg.MODEL.DETR.POSITION_TEMPERATURE = 10000.0
     cfg.MODEL.DETR.POSITION_OFFSET = -0.5
     # whether each decoder layer starts from the boxes of the one before, and has heads of its own,
     cfg.MODEL.DETR.BOX_REFINEMENT = False
-    # weights of the losses, which are those of the matching costs too, and the focal loss,
+    # whose losses reach the box head of the one before too, how close to 0 and 1 references count,
+    # and a norm of the states that heads see but refinement does not,
+    cfg.MODEL.DETR.LOOK_FORWARD_TWICE = False
+    cfg.MODEL.DETR.REFERENCE_EPS = 1e-5
+    cfg.MODEL.DETR.FINAL_NORM = False
+    # whether the decoder starts from the encoder's predictions, whether class 0 stands for any
+    # object there (else all classes count, and only what is chosen has a loss),
+    cfg.MODEL.DETR.TWO_STAGE = False
+    cfg.MODEL.DETR.BINARY_PROPOSALS = True
+    # whether queries bring their positions ("queries") or each layer makes them ("references"),
+    cfg.MODEL.DETR.QUERY_POSITIONS = "queries"
+    # noised queries (modeling/detr/denoising.py): how many, 0 for none, and their noise,
+    cfg.MODEL.DETR.DENOISING = CN({"QUERIES": 0, "LABEL_NOISE": 0.5, "BOX_NOISE": 1.0})
+    # whether padding is hidden, and boxes relative to the image without it,
+    cfg.MODEL.DETR.MASK_PADDING = True
+    # "focal", or "quality_focal" towards the IoU, the weights of the losses (those of boxes are the
+    # matching cost's too), the weight of the class in the cost, and the focal loss and cost,
+    cfg.MODEL.DETR.CLASS_LOSS = "focal"
     cfg.MODEL.DETR.CLASS_WEIGHT = 2.0
+    cfg.MODEL.DETR.CLASS_COST = 2.0
     cfg.MODEL.DETR.L1_WEIGHT = 5.0
     cfg.MODEL.DETR.GIOU_WEIGHT = 2.0
     cfg.MODEL.DETR.FOCAL_ALPHA = 0.25
     cfg.MODEL.DETR.FOCAL_GAMMA = 2.0
-    # and detections per image.
+    # detections per image, and soft suppression of those that overlap.
     cfg.MODEL.DETR.MAX_DETECTIONS = 100
+    cfg.MODEL.DETR.SOFT_NMS = CN({"ENABLED": False, "IOU": 0.8, "MIN_SCORE": 1e-3})

@@ -1,34 +1,52 @@
 """Detection transformers, in exchangeable parts; importing it registers them."""
 
+from .boxes import BoxEmbedding, BoxPositions, inverse_sigmoid
 from .channel_mapper import ChannelMapper
-from .criterion import DETRCriterion
+from .criterion import CLASS_LOSSES, DETRCriterion, mean_over_processes
 from .decoder import DeformableDecoder, DeformableDecoderLayer
-from .deformable_detr import NECKS, DeformableDETR
+from .deformable_detr import DeformableDETR
+from .denoising import ContrastiveDenoising, NoisedQueries
 from .encoder import DeformableEncoder, DeformableEncoderLayer
 from .heads import BoxHead, PredictionHeads
 from .matcher import HungarianMatcher, Matches
 from .memory import Memory
+from .parts import NECKS
 from .positions import SinePositions
+from .proposals import EncoderPredictions, Proposals, TwoStageQueries
 from .queries import LearnedQueries, Queries
+from .selection import Selection
+from .soft_nms import soft_nms
 from .targets import Targets, build_targets
 
 __all__ = [
+    "CLASS_LOSSES",
     "NECKS",
+    "BoxEmbedding",
     "BoxHead",
+    "BoxPositions",
     "ChannelMapper",
+    "ContrastiveDenoising",
     "DETRCriterion",
     "DeformableDETR",
     "DeformableDecoder",
     "DeformableDecoderLayer",
     "DeformableEncoder",
     "DeformableEncoderLayer",
+    "EncoderPredictions",
     "HungarianMatcher",
     "LearnedQueries",
     "Matches",
     "Memory",
+    "NoisedQueries",
     "PredictionHeads",
+    "Proposals",
     "Queries",
+    "Selection",
     "SinePositions",
     "Targets",
+    "TwoStageQueries",
     "build_targets",
+    "inverse_sigmoid",
+    "mean_over_processes",
+    "soft_nms",
 ]

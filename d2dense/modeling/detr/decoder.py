@@ -58,16 +58,24 @@ class DeformableDecoderLayer(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(
-        self, content: Tensor, position: Tensor, references: Tensor, memory: Memory
+        self,
+        content: Tensor,
+        position: Tensor,
+        references: Tensor,
+        memory: Memory,
+        mask: Tensor | None = None,
     ) -> Tensor:
         """Return the new content ``(N, Q, C)``.
 
         Args:
             content, position: ``(N, Q, C)``
             references: ``(N, Q, L, 2 or 4)``, relative to each level's size, padding included
+            mask: see :class:`Queries`
         """
         query = content + position
-        heard, _ = self.self_attention(query, query, content, need_weights=False)
+        if mask is not None and mask.ndim == 3:
+            mask = mask.repeat_interleave(self.self_attention.num_heads, dim=0)
+        heard, _ = self.self_attention(query, query, content, attn_mask=mask, need_weights=False)
         content = self.norm1(content + self.dropout(heard))
         read = self.cross_attention(
             content + position, references, memory.tokens, memory.shapes, memory.padding
@@ -86,7 +94,13 @@ class DeformableDecoder(nn.Module):
         heads, points: of the attentions
         feedforward: width inside the perceptrons
         dropout: probability
-        box_refinement: the boxes that a layer predicts are the references of the next one
+        box_refinement: the boxes that a layer predicts are the references of the next one, which
+            sends no gradients back through them
+        look_forward_twice: but its heads do, so that its losses teach the box head of the layer
+            before too (DINO)
+        final_norm: of the states that are returned; refinement takes those without (DINO)
+        positions: boxes -> positions of the queries, anew for each layer from its references
+            relative to the first level, padding included; None: the queries bring theirs
     """
 
     def __init__(
@@ -100,9 +114,15 @@ class DeformableDecoder(nn.Module):
         feedforward: int = 1024,
         dropout: float = 0.1,
         box_refinement: bool = False,
+        look_forward_twice: bool = False,
+        final_norm: bool = False,
+        positions: nn.Module | None = None,
     ):
         super().__init__()
         self.box_refinement = box_refinement
+        self.look_forward_twice = look_forward_twice
+        self.positions = positions
+        self.norm = nn.LayerNorm(channels) if final_norm else nn.Identity()
         self.layers = nn.ModuleList(
             DeformableDecoderLayer(
                 channels=channels,
@@ -119,21 +139,26 @@ class DeformableDecoder(nn.Module):
         self, queries: Queries, memory: Memory, predict_boxes: BoxPredictor
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Return the states ``(N, Q, C)`` after each layer, and the references ``(N, Q, 2 or 4)``
-        that it started from.
+        that its heads start from.
 
         Args:
             predict_boxes: what refines the references, see ``box_refinement``
         """
         content, references = queries.content, queries.references
-        states, starts = [], []
+        states, starts, start = [], [], references
         for i, layer in enumerate(self.layers):
             ratios = memory.valid_ratios
             if references.shape[-1] == 4:
                 ratios = ratios.repeat(1, 1, 2)
             of_levels = references[:, :, None] * ratios[:, None]
-            content = layer(content, queries.position, of_levels, memory)
-            states.append(content)
-            starts.append(references)
-            if self.box_refinement:
-                references = predict_boxes(i, content, references).detach()
+            position = queries.position
+            if self.positions is not None:
+                position = self.positions(of_levels[:, :, 0])
+            content = layer(content, position, of_levels, memory, queries.mask)
+            states.append(self.norm(content))
+            starts.append(start)
+            if self.box_refinement and i + 1 < len(self.layers):
+                refined = predict_boxes(i, content, references)
+                references = refined.detach()
+                start = refined if self.look_forward_twice else references
         return states, starts

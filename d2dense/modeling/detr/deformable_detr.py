@@ -11,34 +11,31 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode, configurable
-from detectron2.layers import ShapeSpec
 from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
 from detectron2.modeling.backbone import Backbone
 from detectron2.modeling.postprocessing import detector_postprocess
-from detectron2.structures import Boxes, ImageList, Instances
+from detectron2.structures import ImageList, Instances
 from torch import Tensor, nn
-from torchvision.ops import box_convert
 
-from d2dense.errors import UserError
-
-from .channel_mapper import ChannelMapper
-from .criterion import DETRCriterion
+from . import parts
+from .criterion import DETRCriterion, mean_over_processes
 from .decoder import DeformableDecoder
+from .denoising import ContrastiveDenoising
 from .encoder import DeformableEncoder
 from .heads import PredictionHeads
-from .matcher import HungarianMatcher
 from .memory import Memory
-from .queries import LearnedQueries
-from .targets import build_targets, image_size_tensor
+from .queries import Queries
+from .selection import Selection
+from .targets import Targets, build_targets, image_size_tensor
 
-__all__ = ["NECKS", "DeformableDETR"]
-
-NECKS = ("none", "channel_mapper")
+__all__ = ["DeformableDETR"]
 
 
 @META_ARCH_REGISTRY.register()
 class DeformableDETR(nn.Module):
-    """Backbone, neck, encoder, query source, decoder, heads, criterion.
+    """Backbone, neck, encoder, query source, decoder, heads, criterion; perhaps denoising.
+
+    Subclasses that train more than the decoder's queries change :meth:`losses`.
 
     Args:
         backbone: feature maps by name
@@ -49,7 +46,11 @@ class DeformableDETR(nn.Module):
         decoder: queries and memory -> states and references of each layer
         heads: states and references -> logits and boxes
         criterion: logits, boxes and targets -> losses
-        max_detections: per image, the pairs of query and class with the highest scores
+        denoising: targets -> noised queries, in training
+        max_detections, soft_nms_iou, min_score: see :class:`Selection`
+        mask_padding: nobody sees the padding of a batch, and boxes are relative to the image; else
+            padding is as good as the image, and boxes are relative to both together (Co-DETR's
+            models with large-scale jitter)
         pixel_mean, pixel_std: per channel, in the order of ``input_format``
     """
 
@@ -68,7 +69,11 @@ class DeformableDETR(nn.Module):
         num_classes: int,
         pixel_mean: Sequence[float],
         pixel_std: Sequence[float],
+        denoising: ContrastiveDenoising | None = None,
         max_detections: int = 100,
+        soft_nms_iou: float | None = None,
+        min_score: float = 1e-3,
+        mask_padding: bool = True,
         input_format: str = "BGR",
     ):
         super().__init__()
@@ -80,8 +85,12 @@ class DeformableDETR(nn.Module):
         self.decoder = decoder
         self.heads = heads
         self.criterion = criterion
+        self.denoising = denoising
         self.num_classes = num_classes
-        self.max_detections = max_detections
+        self.selection = Selection(
+            max_detections=max_detections, soft_nms_iou=soft_nms_iou, min_score=min_score
+        )
+        self.mask_padding = mask_padding
         self.input_format = input_format
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), False)
@@ -90,41 +99,17 @@ class DeformableDETR(nn.Module):
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
         node = cfg.MODEL.DETR
         backbone = build_backbone(cfg)
-        width = {"channels": node.CHANNELS}
-        attention = {"levels": node.LEVELS, "heads": node.HEADS, "points": node.POINTS, **width}
-        layers = {**attention, "feedforward": node.FEEDFORWARD, "dropout": node.DROPOUT}
-        losses = {
-            "class_weight": node.CLASS_WEIGHT,
-            "l1_weight": node.L1_WEIGHT,
-            "giou_weight": node.GIOU_WEIGHT,
-            "alpha": node.FOCAL_ALPHA,
-            "gamma": node.FOCAL_GAMMA,
-        }
         return {
             "backbone": backbone,
             "in_features": node.IN_FEATURES,
-            "neck": _neck(node, backbone.output_shape()),
-            "encoder": DeformableEncoder(
-                **layers,
-                layers=node.ENCODER_LAYERS,
-                temperature=node.POSITION_TEMPERATURE,
-                offset=node.POSITION_OFFSET,
-            ),
-            "queries": LearnedQueries(num_queries=node.NUM_QUERIES, **width),
-            "decoder": DeformableDecoder(
-                **layers, layers=node.DECODER_LAYERS, box_refinement=node.BOX_REFINEMENT
-            ),
-            "heads": PredictionHeads(
-                **width,
-                num_classes=node.NUM_CLASSES,
-                layers=node.DECODER_LAYERS,
-                shared=not node.BOX_REFINEMENT,
-            ),
-            "criterion": DETRCriterion(
-                matcher=HungarianMatcher(**losses), num_classes=node.NUM_CLASSES, **losses
-            ),
+            "neck": parts.neck(node, backbone.output_shape()),
+            **parts.transformer(node),
+            "criterion": parts.criterion(node),
             "num_classes": node.NUM_CLASSES,
             "max_detections": node.MAX_DETECTIONS,
+            "soft_nms_iou": node.SOFT_NMS.IOU if node.SOFT_NMS.ENABLED else None,
+            "min_score": node.SOFT_NMS.MIN_SCORE,
+            "mask_padding": node.MASK_PADDING,
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
             "pixel_std": cfg.MODEL.PIXEL_STD,
             "input_format": cfg.INPUT.FORMAT,
@@ -147,10 +132,43 @@ class DeformableDETR(nn.Module):
         if not self.training:
             return self.inference(batched_inputs)
         images = self.preprocess(batched_inputs)
-        instances = [each["instances"] for each in batched_inputs]
+        return self.losses(images, [each["instances"] for each in batched_inputs])
+
+    def losses(self, images: ImageList, instances: Sequence[Instances]) -> dict[str, Tensor]:
+        """Return all losses of a batch, in training mode or not."""
         memory = self.encode(images)
-        logits, boxes = self.decode(memory)
-        return self.criterion(logits, boxes, build_targets(instances, self.device))
+        return self.main_losses(memory, self.build_targets(images, instances))
+
+    def build_targets(self, images: ImageList, instances: Sequence[Instances]) -> Targets:
+        """Return what there is in each image."""
+        return build_targets(
+            instances,
+            self.device,
+            image_sizes=self.valid_sizes(images),
+            num_classes=self.num_classes,
+        )
+
+    def main_losses(self, memory: Memory, targets: Targets) -> dict[str, Tensor]:
+        """Return the losses of the queries, of their noised ones and of the encoder."""
+        queries = self.queries(memory)
+        noised = None if self.denoising is None else self.denoising(targets)
+        start = queries if noised is None else noised.join(queries)
+        logits, boxes = self.predict(start, memory)
+        count = 0 if noised is None else noised.content.shape[1]
+        encoder = queries.proposals and self.queries.encoder_predictions(queries.proposals)
+        losses = self.criterion(logits[:, :, count:], boxes[:, :, count:], targets, encoder)
+        if noised is not None:
+            of_noised = self.criterion.known_losses(
+                logits[:, :, :count],
+                boxes[:, :, :count],
+                labels=noised.labels,
+                targets=noised.targets,
+                box_weights=noised.box_weights,
+                sizes=targets.sizes,
+                number=mean_over_processes(noised.number, device=logits.device),
+            )
+            losses |= {k.replace("loss_", "dn_loss_"): loss for k, loss in of_noised.items()}
+        return losses
 
     def inference(
         self, batched_inputs: list[dict[str, Any]], do_postprocess: bool = True
@@ -158,7 +176,7 @@ class DeformableDETR(nn.Module):
         """Return the detections; without ``do_postprocess`` plain instances at the given size."""
         images = self.preprocess(batched_inputs)
         logits, boxes = self.decode(self.encode(images), all_layers=False)
-        found = self.select(logits[-1], boxes[-1], images.image_sizes)
+        found = self.select(logits[-1], boxes[-1], images)
         if not do_postprocess:
             return found
         return [
@@ -186,51 +204,31 @@ class DeformableDETR(nn.Module):
         maps = [features[name] for name in self.in_features]
         if self.neck is not None:
             maps = self.neck(maps)
-        sizes = image_size_tensor(images.image_sizes, images.tensor.device)
+        sizes = image_size_tensor(self.valid_sizes(images), images.tensor.device)
         return self.encoder(maps, sizes, (images.tensor.shape[2], images.tensor.shape[3]))
 
+    def valid_sizes(self, images: ImageList) -> Sequence[tuple[int, int]]:
+        """Return the heights and widths that boxes are relative to and that are not padding."""
+        if self.mask_padding:
+            return images.image_sizes
+        return [(images.tensor.shape[2], images.tensor.shape[3])] * len(images.image_sizes)
+
     def decode(self, memory: Memory, *, all_layers: bool = True) -> tuple[Tensor, Tensor]:
+        """Return what :meth:`predict` does of the queries that the memory gives."""
+        return self.predict(self.queries(memory), memory, all_layers=all_layers)
+
+    def predict(
+        self, queries: Queries, memory: Memory, *, all_layers: bool = True
+    ) -> tuple[Tensor, Tensor]:
         """Return logits ``(D, N, Q, K)`` and boxes ``(D, N, Q, 4)``, cxcywh relative to the image,
         of all decoder layers or of the last one (D = 1).
         """
-        states, references = self.decoder(self.queries(memory), memory, self.heads.predict_boxes)
+        states, references = self.decoder(queries, memory, self.heads.predict_boxes)
         first = 0 if all_layers else -1
         return self.heads(states[first:], references[first:])
 
-    def select(
-        self, logits: Tensor, boxes: Tensor, image_sizes: Sequence[tuple[int, int]]
-    ) -> list[Instances]:
-        """Return the best pairs of query and class of each image; there is no suppression.
-
-        Args:
-            logits: ``(N, Q, K)``
-            boxes: ``(N, Q, 4)``, cxcywh relative to the image
-            image_sizes: height and width without padding
-        """
-        scores = logits.float().sigmoid().flatten(1)
-        scores, index = scores.topk(min(self.max_detections, scores.shape[1]), dim=1)
-        query = (index // self.num_classes)[..., None].expand(-1, -1, 4)
-        sizes = image_size_tensor(image_sizes, boxes.device).flip(1).repeat(1, 2)[:, None]
-        boxes = box_convert(boxes, "cxcywh", "xyxy").gather(1, query) * sizes
-        boxes = torch.minimum(boxes.clamp(min=0), sizes)
-        results = []
-        for i, size in enumerate(image_sizes):
-            found = Instances(size)
-            found.pred_boxes = Boxes(boxes[i])
-            found.scores = scores[i]
-            found.pred_classes = index[i] % self.num_classes
-            results.append(found)
-        return results
-
-
-def _neck(node: CfgNode, shapes: dict[str, ShapeSpec]) -> nn.Module | None:
-    if node.NECK not in NECKS:
-        raise UserError(f"MODEL.DETR.NECK is {node.NECK!r}; expected one of {', '.join(NECKS)}")
-    if node.NECK == "none":
-        return None
-    return ChannelMapper(
-        input_shape=shapes,
-        in_features=node.IN_FEATURES,
-        out_channels=node.CHANNELS,
-        levels=node.LEVELS,
-    )
+    def select(self, logits: Tensor, boxes: Tensor, images: ImageList) -> list[Instances]:
+        """Return the detections of each image from ``(N, Q, K)`` and ``(N, Q, 4)``."""
+        sizes = image_size_tensor(self.valid_sizes(images), boxes.device)
+        sizes = sizes.flip(1).repeat(1, 2)[:, None]
+        return self.selection(logits, boxes, sizes, images.image_sizes)

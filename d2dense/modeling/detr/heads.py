@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from .boxes import inverse_sigmoid
+
 __all__ = ["BoxHead", "PredictionHeads"]
 
 
@@ -20,10 +22,12 @@ class BoxHead(nn.Module):
     Args:
         channels: C
         size_bias: initial logit of width and height
+        eps: references count as at least this far from 0 and 1
     """
 
-    def __init__(self, *, channels: int, size_bias: float = 0.0):
+    def __init__(self, *, channels: int, size_bias: float = 0.0, eps: float = 1e-5):
         super().__init__()
+        self.eps = eps
         self.layers = nn.Sequential(
             nn.Linear(channels, channels),
             nn.ReLU(),
@@ -43,7 +47,7 @@ class BoxHead(nn.Module):
             references: ``(N, Q, 2 or 4)``, to which the outputs are added before the sigmoid
         """
         shift = self.layers(state).float()
-        start = torch.logit(references.float(), eps=1e-5)
+        start = inverse_sigmoid(references, self.eps)
         if start.shape[-1] == 2:
             return torch.cat([shift[..., :2] + start, shift[..., 2:]], dim=-1).sigmoid()
         return (shift + start).sigmoid()
@@ -58,6 +62,8 @@ class PredictionHeads(nn.Module):
         layers: D
         shared: all layers have the same heads, as without box refinement
         prior: initial score of every class
+        size_bias: initial logit of the first layer's width and height; 0 where references are boxes
+        eps: of the references, see :class:`BoxHead`
     """
 
     def __init__(
@@ -68,6 +74,8 @@ class PredictionHeads(nn.Module):
         layers: int = 6,
         shared: bool = True,
         prior: float = 0.01,
+        size_bias: float = -2.0,
+        eps: float = 1e-5,
     ):
         super().__init__()
         self.num_classes = num_classes
@@ -76,7 +84,8 @@ class PredictionHeads(nn.Module):
             classes.append(nn.Linear(channels, num_classes))
             nn.init.constant_(classes[-1].bias, math.log(prior / (1 - prior)))
             # boxes start at a small size, refined ones at that of their references
-            boxes.append(BoxHead(channels=channels, size_bias=0.0 if layer else -2.0))
+            bias = 0.0 if layer else size_bias
+            boxes.append(BoxHead(channels=channels, size_bias=bias, eps=eps))
         copies = layers if shared else 1
         self.classes = nn.ModuleList(classes * copies)
         self.boxes = nn.ModuleList(boxes * copies)

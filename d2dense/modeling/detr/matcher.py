@@ -5,6 +5,7 @@ Letters: N images, Q queries, K classes, G most objects in an image, D decoder l
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -35,7 +36,8 @@ class Matches(NamedTuple):
 
 
 class HungarianMatcher(nn.Module):
-    """The assignment of least total cost, of all images and layers with one copy to the host.
+    """The assignment of least total cost, of all images, layers and sets of predictions with one
+    copy to the host.
 
     The cost is computed in float32: focal loss as positive minus as negative, L1 distance of
     relative cxcywh, and negative generalised IoU in pixels, each times its weight.
@@ -58,7 +60,6 @@ class HungarianMatcher(nn.Module):
         self.class_weight, self.l1_weight, self.giou_weight = class_weight, l1_weight, giou_weight
         self.alpha, self.gamma = alpha, gamma
 
-    @torch.no_grad()
     def forward(self, logits: Tensor, boxes: Tensor, targets: Targets) -> Matches:
         """Return the matches of every layer.
 
@@ -66,18 +67,20 @@ class HungarianMatcher(nn.Module):
             logits: ``(D, N, Q, K)``
             boxes: ``(D, N, Q, 4)``, cxcywh relative to the image
         """
-        cost = self.cost(logits.float(), boxes.float(), targets)
-        cost = cost.nan_to_num(nan=_INVALID, posinf=_INVALID, neginf=-_INVALID)
-        table = cost.cpu().numpy()  # the one wait
-        d, n, _, g = table.shape
-        queries, found = np.zeros((d, n, g), dtype=np.int64), np.zeros((d, n, g), dtype=bool)
-        for layer, image in np.ndindex(d, n):
-            rows, columns = linear_sum_assignment(table[layer, image, :, : targets.counts[image]])
-            queries[layer, image, columns] = rows
-            found[layer, image, columns] = True
-        return Matches(
-            *(torch.from_numpy(x).to(logits.device, non_blocking=True) for x in (queries, found))
-        )
+        return self.match([(logits, boxes, targets)])[0]
+
+    @torch.no_grad()
+    def match(self, sets: Sequence[tuple[Tensor, Tensor, Targets]]) -> list[Matches]:
+        """Return the matches of several sets of predictions, each as in :meth:`forward`."""
+        costs = [self.cost(logits.float(), boxes.float(), given) for logits, boxes, given in sets]
+        flat = torch.cat([cost.flatten() for cost in costs])
+        flat = flat.nan_to_num(nan=_INVALID, posinf=_INVALID, neginf=-_INVALID)
+        tables = flat.cpu().numpy()  # the one wait
+        starts = np.cumsum([0] + [cost.numel() for cost in costs])
+        return [
+            _assign(tables[start : start + cost.numel()].reshape(cost.shape), given, cost.device)
+            for start, cost, (_, _, given) in zip(starts, costs, sets)
+        ]
 
     def cost(self, logits: Tensor, boxes: Tensor, targets: Targets) -> Tensor:
         """Return the cost of every pair, ``(D, N, Q, G)``."""
@@ -92,3 +95,14 @@ class HungarianMatcher(nn.Module):
         )
         overlap = 1 - giou_loss(ours[:, :, :, None], theirs[None, :, None], eps=1e-6)
         return self.class_weight * of_class + self.l1_weight * distance - self.giou_weight * overlap
+
+
+def _assign(table: np.ndarray, targets: Targets, device: torch.device) -> Matches:
+    """Return the matches of least cost from that of every pair, ``(D, N, Q, G)``."""
+    d, n, _, g = table.shape
+    queries, found = np.zeros((d, n, g), dtype=np.int64), np.zeros((d, n, g), dtype=bool)
+    for layer, image in np.ndindex(d, n):
+        rows, columns = linear_sum_assignment(table[layer, image, :, : targets.counts[image]])
+        queries[layer, image, columns] = rows
+        found[layer, image, columns] = True
+    return Matches(*(torch.from_numpy(x).to(device, non_blocking=True) for x in (queries, found)))

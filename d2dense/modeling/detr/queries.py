@@ -5,12 +5,15 @@ Letters: N images, C channels, Q queries.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .memory import Memory
+
+if TYPE_CHECKING:
+    from .proposals import Proposals
 
 __all__ = ["LearnedQueries", "Queries"]
 
@@ -20,14 +23,20 @@ class Queries(NamedTuple):
 
     Attributes:
         content: ``(N, Q, C)``.
-        position: ``(N, Q, C)``, added to the content wherever it asks.
+        position: ``(N, Q, C)``, added to the content wherever it asks; None where the decoder makes
+            it of the references.
         references: ``(N, Q, 2)`` points xy or ``(N, Q, 4)`` boxes cxcywh, relative to the image
             without padding.
+        mask: ``(Q, Q)`` or ``(N, Q, Q)``, True where a query (row) does not hear another one; None:
+            all hear all.
+        proposals: what the encoder predicted, in two stages.
     """
 
     content: Tensor
-    position: Tensor
+    position: Tensor | None
     references: Tensor
+    mask: Tensor | None = None
+    proposals: Proposals | None = None
 
 
 class LearnedQueries(nn.Module):

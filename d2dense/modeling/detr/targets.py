@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torchvision.ops import box_convert
 
+from d2dense.errors import UserError
+
 __all__ = ["Targets", "build_targets", "image_size_tensor"]
 
 
@@ -40,10 +42,26 @@ def image_size_tensor(image_sizes: Sequence[tuple[int, int]], device: torch.devi
     return torch.tensor(image_sizes, dtype=torch.float32).to(device, non_blocking=True)
 
 
-def build_targets(instances: Sequence[Instances], device: torch.device) -> Targets:
-    """Return the targets of a batch, whose instances have ``gt_boxes`` and ``gt_classes``."""
-    size = image_size_tensor([each.image_size for each in instances], device)
-    sizes = size.flip(1).repeat(1, 2)[:, None]
+def build_targets(
+    instances: Sequence[Instances],
+    device: torch.device,
+    *,
+    image_sizes: Sequence[tuple[int, int]] | None = None,
+    num_classes: int | None = None,
+) -> Targets:
+    """Return the targets of a batch, whose instances have ``gt_boxes`` and ``gt_classes``.
+
+    Args:
+        image_sizes: heights and widths that boxes are relative to; None: the instances' own
+        num_classes: what classes are checked against
+
+    Raises:
+        UserError: a class is out of range.
+    """
+    _check_classes(instances, num_classes)
+    if image_sizes is None:
+        image_sizes = [each.image_size for each in instances]
+    sizes = image_size_tensor(image_sizes, device).flip(1).repeat(1, 2)[:, None]
     boxes = [each.gt_boxes.tensor.to(device, torch.float32) for each in instances]
     classes = [each.gt_classes.to(device) for each in instances]
     relative = box_convert(pad_sequence(boxes, batch_first=True) / sizes, "xyxy", "cxcywh")
@@ -57,6 +75,23 @@ def build_targets(instances: Sequence[Instances], device: torch.device) -> Targe
         counts=counts,
         sizes=sizes,
     )
+
+
+def _check_classes(instances: Sequence[Instances], num_classes: int | None) -> None:
+    """Say which class is out of range; loaders leave the classes on the host, so nobody waits."""
+    given = [each.gt_classes for each in instances if len(each)]
+    if num_classes is None or not given:
+        return
+    classes = torch.cat(given)
+    if classes.is_meta:
+        return
+    for found in (int(classes.min()), int(classes.max())):
+        if not 0 <= found < num_classes:
+            raise UserError(
+                f"an object has class {found}, but the model has the classes 0 to "
+                f"{num_classes - 1}; correct the annotations or their category ids, or "
+                "MODEL.DETR.NUM_CLASSES (yaml), model.num_classes (lazy)"
+            )
 
 
 def mask_of(counts: Sequence[int], length: int, device: torch.device) -> Tensor:

@@ -5,7 +5,7 @@ import torch
 from detectron2.config import instantiate
 from detectron2.layers import ShapeSpec
 from detectron2.modeling.backbone import Backbone
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import Boxes, ImageList, Instances
 from torch import nn
 
 from d2dense.config import detr
@@ -111,7 +111,8 @@ def test_detections_are_the_best_pairs():
     model = no_dropout().eval()
     logits, boxes = torch.randn(2, 7, CLASSES), torch.rand(2, 7, 4)
     sizes = [(40, 60), (32, 32)]
-    for i, found in enumerate(model.select(logits, boxes, sizes)):
+    images = ImageList(torch.zeros(2, 3, 64, 64), sizes)
+    for i, found in enumerate(model.select(logits, boxes, images)):
         pairs = [(float(logits[i, q, k].sigmoid()), q, k) for q in range(7) for k in range(CLASSES)]
         for n, (score, q, k) in enumerate(sorted(pairs, reverse=True)[:10]):
             x, y, w, h = boxes[i, q].tolist()
@@ -127,7 +128,7 @@ def test_detections_are_the_best_pairs():
 
 def test_fewer_pairs_than_detections():
     model = build().eval()
-    model.max_detections = 100
+    model.selection.max_detections = 100
     assert len(model([image(40, 50)])[0]["instances"]) <= 7 * CLASSES
 
 

@@ -96,8 +96,12 @@ def test_one_copy_to_the_host(monkeypatch):
         torch.Tensor, "cpu", lambda self: copies.append(tuple(self.shape)) or to_host(self)
     )
     logits, boxes = predictions(6, 3, 7)
-    HungarianMatcher()(logits, boxes, targets(objects(2), objects(0), objects(4)))
-    assert copies == [(6, 3, 7, 4)]
+    given = targets(objects(2), objects(0), objects(4))
+    HungarianMatcher()(logits, boxes, given)
+    assert copies == [(6 * 3 * 7 * 4,)]
+    more, others = predictions(1, 3, 11)
+    HungarianMatcher().match([(logits, boxes, given), (more, others, given)])
+    assert copies[1:] == [(6 * 3 * 7 * 4 + 3 * 11 * 4,)]
 
 
 # ------------------------------------------------ losses

@@ -1,0 +1,77 @@
+"""Detections from the predictions of the last layer.
+
+Letters: N images, Q queries, K classes, M candidates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from detectron2.structures import Boxes, Instances
+from torch import Tensor
+from torchvision.ops import box_convert
+
+from .soft_nms import soft_nms
+
+__all__ = ["Selection"]
+
+
+class Selection:
+    """The pairs of query and class with the highest scores, above zero.
+
+    Args:
+        max_detections: per image
+        soft_nms_iou: with :func:`soft_nms` at this IoU between boxes of a class, of as many pairs
+            as there are queries; None: without
+        min_score: what :func:`soft_nms` leaves
+    """
+
+    def __init__(
+        self,
+        *,
+        max_detections: int = 100,
+        soft_nms_iou: float | None = None,
+        min_score: float = 1e-3,
+    ):
+        self.max_detections = max_detections
+        self.soft_nms_iou, self.min_score = soft_nms_iou, min_score
+
+    def __call__(
+        self,
+        logits: Tensor,
+        boxes: Tensor,
+        sizes: Tensor,
+        image_sizes: Sequence[tuple[int, int]],
+    ) -> list[Instances]:
+        """Return the detections of each image, best first, cut at the borders.
+
+        Args:
+            logits: ``(N, Q, K)``
+            boxes: ``(N, Q, 4)``, cxcywh relative to ``sizes``
+            sizes: ``(N, 1, 4)``, width, height, width, height in pixels
+            image_sizes: of the results, height and width without padding
+        """
+        queries, num_classes = logits.shape[1:]
+        scores = logits.float().sigmoid().flatten(1)
+        count = self.max_detections if self.soft_nms_iou is None else queries
+        scores, index = scores.topk(min(count, scores.shape[1]), dim=1)
+        query = (index // num_classes)[..., None].expand(-1, -1, 4)
+        boxes = box_convert(boxes, "cxcywh", "xyxy").gather(1, query) * sizes
+        boxes = torch.minimum(boxes.clamp(min=0), sizes)
+        classes = index % num_classes
+        if self.soft_nms_iou is not None:
+            scores = soft_nms(
+                boxes, scores, classes, iou=self.soft_nms_iou, min_score=self.min_score
+            )
+            scores, order = scores.topk(min(self.max_detections, scores.shape[1]), dim=1)
+            boxes = boxes.gather(1, order[..., None].expand(-1, -1, 4))
+            classes = classes.gather(1, order)
+        results = []
+        for i, size in enumerate(image_sizes):
+            found = Instances(size)
+            found.pred_boxes = Boxes(boxes[i])
+            found.scores = scores[i]
+            found.pred_classes = classes[i]
+            results.append(found[scores[i] > 0])
+        return results
