@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
+from detectron2.config import CfgNode
 from detectron2.layers import batched_nms
 from detectron2.structures import Boxes, Instances
 from detectron2.utils import comm
@@ -25,6 +26,7 @@ __all__ = [
     "LevelScales",
     "Tower",
     "average_factor",
+    "dense_arguments",
     "dense_detections",
     "flatten_levels",
     "focal_sum",
@@ -107,6 +109,22 @@ def focal_sum(logits: Tensor, labels: Tensor, *, alpha: float = 0.25, gamma: flo
     target = (labels[..., None] == classes).to(logits.dtype)
     loss = sigmoid_focal_loss(logits, target, alpha=alpha, gamma=gamma)
     return (loss.sum(dim=-1) * (labels >= 0)).sum()
+
+
+def dense_arguments(
+    node: CfgNode, *, channels: int, strides: Sequence[int], num_classes: int
+) -> dict:
+    """Return the arguments of a dense head's constructor that its node of the config gives."""
+    return {
+        "channels": channels,
+        "strides": strides,
+        "num_classes": num_classes,
+        "convs": node.CONVS,
+        "score_threshold": node.SCORE_THRESHOLD,
+        "candidates_per_level": node.CANDIDATES_PER_LEVEL,
+        "nms_threshold": node.NMS_THRESHOLD,
+        "max_detections": node.MAX_DETECTIONS,
+    }
 
 
 @torch.no_grad()
