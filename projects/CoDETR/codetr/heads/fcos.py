@@ -11,20 +11,23 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
 from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
 from detectron2.modeling.meta_arch.fcos import FCOSHead as FCOSLayers
 from detectron2.structures import Instances
 from torch import Tensor
 
-from codetr.auxiliary import AuxiliaryHead, Candidates
 from d2dense.errors import UserError
 from d2dense.modeling.box_regression import giou_loss
 
-from .dense import average_factor, dense_detections, flatten_levels, focal_sum
+from ..auxiliary import AuxiliaryHead, Candidates
+from .assignment import Assignment
+from .atss import centerness
+from .dense import average_factor, dense_arguments, dense_detections, flatten_levels, focal_sum
 from .objects import Objects, chunks, pad_objects
 
-__all__ = ["FCOSHead", "assign_points", "centerness"]
+__all__ = ["FCOSHead", "assign_points"]
 
 
 class FCOSHead(AuxiliaryHead):
@@ -43,12 +46,12 @@ class FCOSHead(AuxiliaryHead):
         num_classes: K
         convs: 3x3 convolutions of each branch, at least 1
         radius: of the area around an object's centre that takes part, in strides
-        class_weight, box_weight, centerness_weight: of the losses
-        alpha, gamma: of the focal loss
-        prior: initial score of every class
-        score_threshold, candidates_per_level, nms_threshold, max_detections: of the detections
+        class_weight, giou_weight, centerness_weight: of the losses
+        score_threshold, candidates_per_level, nms_threshold, max_detections: of :meth:`detect`, see
+            :func:`dense_detections`
     """
 
+    @configurable
     def __init__(
         self,
         *,
@@ -58,11 +61,8 @@ class FCOSHead(AuxiliaryHead):
         convs: int = 1,
         radius: float = 1.5,
         class_weight: float = 1.0,
-        box_weight: float = 1.0,
+        giou_weight: float = 1.0,
         centerness_weight: float = 1.0,
-        alpha: float = 0.25,
-        gamma: float = 2.0,
-        prior: float = 0.01,
         score_threshold: float = 0.05,
         candidates_per_level: int = 1000,
         nms_threshold: float = 0.5,
@@ -74,9 +74,8 @@ class FCOSHead(AuxiliaryHead):
         self.strides = tuple(strides)
         self.num_classes = num_classes
         self.radius = radius
-        self.class_weight, self.box_weight = class_weight, box_weight
+        self.class_weight, self.giou_weight = class_weight, giou_weight
         self.centerness_weight = centerness_weight
-        self.alpha, self.gamma = alpha, gamma
         self.detection = {
             "score_threshold": score_threshold,
             "candidates_per_level": candidates_per_level,
@@ -88,7 +87,6 @@ class FCOSHead(AuxiliaryHead):
             conv_dims=[channels] * convs,
             num_classes=num_classes,
             norm="GN",
-            prior_prob=prior,
         )
         # a query of a point starts from a square of 8 strides around it
         self.squares = DefaultAnchorGenerator(
@@ -98,7 +96,15 @@ class FCOSHead(AuxiliaryHead):
             offset=0.5,
         )
 
-    def forward(self, maps: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    @classmethod
+    def from_config(
+        cls, cfg: CfgNode, *, channels: int, strides: Sequence[int], num_classes: int
+    ) -> dict:
+        return dense_arguments(
+            cfg.MODEL.CODETR.FCOS, channels=channels, strides=strides, num_classes=num_classes
+        )
+
+    def predict(self, maps: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Return logits ``(N, A, K)``, distances in strides to the left, top, right and bottom
         ``(N, A, 4)``, and logits of the centerness ``(N, A)``, all float32.
         """
@@ -115,34 +121,28 @@ class FCOSHead(AuxiliaryHead):
         """Return ``loss_cls``, ``loss_bbox`` and ``loss_centerness``, see
         :class:`AuxiliaryHead`.
         """
-        logits, distances, ratings = self(maps)
+        logits, distances, ratings = self.predict(maps)
         squares, points, strides = self._grid(maps)
         objects = pad_objects(instances, logits.device)
-        index, positive = assign_points(
-            points, strides, self._reaches(maps, points), objects, radius=self.radius
-        )
-        targets, classes = objects.of(index)
-        labels = classes.masked_fill(~positive, self.num_classes)
-        central = centerness(points, targets).masked_fill(~positive, 0.0)
-        boxes = _boxes_around(points, distances * strides[:, None])
-        # points that do not count get a harmless target: infinities times zero would be no number
-        overlap = giou_loss(boxes, torch.where(positive[..., None], targets, boxes.detach()))
+        reaches = self._reaches(maps, points)
+        assignment = assign_points(points, strides, reaches, objects, radius=self.radius)
+        positive, labels = assignment.positive, assignment.labels(objects, self.num_classes)
+        targets = assignment.targets(objects, squares)
+        central = centerness(squares, targets) * positive
+        overlap = giou_loss(_boxes_around(points, distances * strides[:, None]), targets) * central
+        rated = F.binary_cross_entropy_with_logits(ratings, central, reduction="none") * positive
         number = average_factor(positive.sum())
-        rated = F.binary_cross_entropy_with_logits(ratings, central, reduction="none")
-        focal = focal_sum(logits, labels, alpha=self.alpha, gamma=self.gamma)
         losses = {
-            "loss_cls": self.class_weight * focal / number,
-            "loss_bbox": self.box_weight
-            * (overlap * central).sum()
-            / average_factor(central.sum()),
-            "loss_centerness": self.centerness_weight * (rated * positive).sum() / number,
+            "loss_cls": self.class_weight * focal_sum(logits, labels) / number,
+            "loss_bbox": self.giou_weight * overlap.sum() / average_factor(central.sum()),
+            "loss_centerness": self.centerness_weight * rated.sum() / number,
         }
         candidates = Candidates(
             boxes=squares.expand_as(targets),
             labels=labels,
             targets=targets,
             usable=torch.ones_like(positive),
-            features=torch.cat([each.flatten(2) for each in maps], dim=2).transpose(1, 2),
+            features=torch.cat([each.flatten(2).transpose(1, 2) for each in maps], dim=1),
         )
         return losses, candidates
 
@@ -151,7 +151,7 @@ class FCOSHead(AuxiliaryHead):
         self, maps: Sequence[Tensor], image_sizes: Sequence[tuple[int, int]]
     ) -> list[Instances]:
         """Return the detections by score times centerness, see :class:`AuxiliaryHead`."""
-        logits, distances, ratings = self(maps)
+        logits, distances, ratings = self.predict(maps)
         _, points, strides = self._grid(maps)
         return dense_detections(
             logits.sigmoid(),
@@ -186,8 +186,8 @@ class FCOSHead(AuxiliaryHead):
 @torch.no_grad()
 def assign_points(
     points: Tensor, strides: Tensor, reaches: Tensor, objects: Objects, *, radius: float
-) -> tuple[Tensor, Tensor]:
-    """Return each point's object, ``(N, A)``, and whether it has one, ``(N, A)``.
+) -> Assignment:
+    """Return which objects the points belong to; none is ignored.
 
     A point takes the smallest of the objects in which it lies less than ``radius`` strides off the
     centre, both horizontally and vertically, and whose farthest side is within its reach.
@@ -213,18 +213,8 @@ def assign_points(
         area, row = areas.expand_as(fits).masked_fill(~fits, math.inf).min(dim=1)
         index = torch.where(area < smallest, row + part.start, index)
         smallest = torch.minimum(area, smallest)
-    return index, smallest < math.inf
-
-
-def centerness(points: Tensor, boxes: Tensor) -> Tensor:
-    """Return how central points ``(A, 2)`` are in xyxy boxes ``(N, A, 4)``, ``(N, A)``: 1 in the
-    centre, 0 on the sides and outside.
-    """
-    sides = _sides(points, boxes).clamp(min=0)
-    left, top, right, bottom = sides.unbind(dim=-1)
-    across = torch.minimum(left, right) / torch.maximum(left, right).clamp(min=1e-6)
-    down = torch.minimum(top, bottom) / torch.maximum(top, bottom).clamp(min=1e-6)
-    return (across * down).sqrt()
+    positive = smallest < math.inf
+    return Assignment(matched=index, positive=positive, negative=~positive)
 
 
 def _sides(points: Tensor, boxes: Tensor) -> Tensor:
