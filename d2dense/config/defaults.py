@@ -246,6 +246,15 @@ def _add_model_keys(cfg: CN) -> None:
     # BACKBONE.NAME "LateStrideResNet" (modeling/late_stride_resnet.py), a ResNet that MODEL.TIMM
     # describes: stride of its last stages (32, 16 or 8), and dilations of the last one's blocks.
     cfg.MODEL.LATE_STRIDE = CN({"OUTPUT_STRIDE": 32, "MULTI_GRID": (1, 2, 4)})
+    # BACKBONE.NAME "Swin" (modeling/swin.py): width of "res2", blocks and heads of the stages, side
+    # of the windows,
+    cfg.MODEL.SWIN = CN({"EMBED_DIM": 96, "DEPTHS": (2, 2, 6, 2), "HEADS": (3, 6, 12, 24)})
+    cfg.MODEL.SWIN.WINDOW = 7
+    # drop path of the last block, which maps are returned, and to what multiple batches are filled
+    # up (0: none).
+    cfg.MODEL.SWIN.DROP_PATH = 0.2
+    cfg.MODEL.SWIN.OUT_FEATURES = ("res2", "res3", "res4", "res5")
+    cfg.MODEL.SWIN.SIZE_DIVISIBILITY = 0
     # BACKBONE.NAME "EVA02ViT" (modeling/vit.py), which explains the sizes; its map is "res4";
     cfg.MODEL.VIT = CN({"CHANNELS": 1024, "DEPTH": 24, "HEADS": 16, "PATCH": 16})
     cfg.MODEL.VIT.MLP_RATIO = 8 / 3

@@ -26,6 +26,7 @@ from .region_predictor import RegionPredictor
 from .retinanet import LOSS_NORMALIZERS, BatchRetinaNet
 from .segmenter import Segmenter
 from .semantic_inference import SemanticInference
+from .swin import Swin
 from .timm_backbone import TimmBackbone
 from .upernet import PyramidPooling, UperNetHead
 from .vit import EVA02ViT
@@ -49,6 +50,7 @@ __all__ = [
     "Segmenter",
     "SemanticInference",
     "StageMaskHeads",
+    "Swin",
     "TimmBackbone",
     "UperNetHead",
     "box_losses",

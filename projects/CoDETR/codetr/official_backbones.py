@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from detectron2.modeling.backbone import ResNet, SwinTransformer
+from detectron2.modeling.backbone import ResNet
 from torch import Tensor, nn
 
-from d2dense.modeling import EVA02ViT
+from d2dense.modeling import EVA02ViT, Swin
 from d2dense.modeling.detr import ChannelMapper
 from d2dense.modeling.necks import SimplePyramid
 from d2dense.modeling.vit import rotary_table
@@ -133,7 +133,7 @@ def _same(name: str) -> str:
 
 _RENAME: dict[type, Callable[[str], str]] = {
     ResNet: _resnet,
-    SwinTransformer: _same,
+    Swin: _same,
     EVA02ViT: _vit,
     ChannelMapper: _channel_mapper,
     SimplePyramid: _simple_pyramid,
