@@ -16,7 +16,9 @@ from omegaconf import DictConfig
 
 from d2dense.modeling import mask2former as m2f
 from d2dense.modeling.detr import (
+    BoxPositions,
     ChannelMapper,
+    ContrastiveDenoising,
     DeformableDecoder,
     DeformableDETR,
     DeformableEncoder,
@@ -24,9 +26,16 @@ from d2dense.modeling.detr import (
     HungarianMatcher,
     LearnedQueries,
     PredictionHeads,
+    TwoStageQueries,
 )
 
-__all__ = ["channel_mapper", "deformable_detr", "mask2former"]
+__all__ = [
+    "channel_mapper",
+    "deformable_detr",
+    "deformable_detr_plus_plus",
+    "dino",
+    "mask2former",
+]
 
 _MEAN = [123.675, 116.28, 103.53]
 _STD = [58.395, 57.12, 57.375]
@@ -80,6 +89,67 @@ def deformable_detr(
         pixel_std=_STD,
         input_format="RGB",
     )
+
+
+def deformable_detr_plus_plus(
+    *,
+    backbone: DictConfig,
+    in_features: Sequence[str],
+    neck: DictConfig | None = None,
+    num_classes: int = 80,
+    channels: int = 256,
+    levels: int = 4,
+) -> DictConfig:
+    """Return Deformable DETR in two stages with box refinement, learned contents, look forward
+    twice, wide perceptrons and no dropout: the strong baseline of H-DETR and Co-DETR.
+
+    Args: see :func:`deformable_detr`
+    """
+    node = deformable_detr(
+        backbone=backbone,
+        in_features=in_features,
+        neck=neck,
+        num_classes=num_classes,
+        channels=channels,
+        levels=levels,
+    )
+    for part in (node.encoder, node.decoder):
+        part.update(feedforward=2048, dropout=0.0)
+    node.queries = L(TwoStageQueries)(channels=channels, num_classes="${..num_classes}")
+    node.decoder.update(box_refinement=True, look_forward_twice=True)
+    node.heads.update(shared=False, size_bias=0.0)
+    return node
+
+
+def dino(
+    *,
+    backbone: DictConfig,
+    in_features: Sequence[str],
+    neck: DictConfig | None = None,
+    num_classes: int = 80,
+    channels: int = 256,
+    levels: int = 4,
+) -> DictConfig:
+    """Return DINO with 900 queries; 4 levels start at stride 8, 5 at stride 4.
+
+    Args: see :func:`deformable_detr`
+    """
+    node = deformable_detr_plus_plus(
+        backbone=backbone,
+        in_features=in_features,
+        neck=neck,
+        num_classes=num_classes,
+        channels=channels,
+        levels=levels,
+    )
+    node.encoder.update(temperature=20.0, offset=0.0)
+    node.queries.update(num_queries=900, binary=False, positions=False)
+    node.decoder.update(final_norm=True, positions=L(BoxPositions)(channels=channels))
+    node.heads.eps = 1e-3
+    node.criterion.class_weight = 1.0
+    node.denoising = L(ContrastiveDenoising)(channels=channels, num_classes="${..num_classes}")
+    node.max_detections = 300
+    return node
 
 
 def mask2former(

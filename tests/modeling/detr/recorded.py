@@ -10,7 +10,6 @@ import zlib
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torchvision.models import resnet50
 from torchvision.models._utils import IntermediateLayerGetter
@@ -18,9 +17,11 @@ from torchvision.models._utils import IntermediateLayerGetter
 from d2dense.modeling.detr import (
     ChannelMapper,
     DeformableDecoder,
+    DeformableDETR,
     DeformableEncoder,
-    Memory,
-    Queries,
+    DETRCriterion,
+    HungarianMatcher,
+    TwoStageQueries,
 )
 from d2dense.modeling.detr.heads import PredictionHeads
 from tests.projects.cednet.golden import REFERENCE
@@ -141,54 +142,49 @@ def decoder() -> DeformableDecoder:
     names = {}
     for i in range(6):
         names |= {f"layers.{i}.{k}": f"decoder.layers.{i}.{v}" for k, v in _DECODER.items()}
-    module = DeformableDecoder(feedforward=2048, box_refinement=True)
+    module = DeformableDecoder(feedforward=2048, box_refinement=True, look_forward_twice=True)
     return fill(module, names, "query_head.transformer.")
 
 
 def heads() -> PredictionHeads:
-    names = {f"classes.{i}.": f"cls_branches.{i}." for i in range(7)}
-    names |= {f"boxes.{i}.layers.": f"reg_branches.{i}." for i in range(7)}
-    return fill(PredictionHeads(layers=7, shared=False), names, "query_head.")
+    names = {f"classes.{i}.": f"cls_branches.{i}." for i in range(6)}
+    names |= {f"boxes.{i}.layers.": f"reg_branches.{i}." for i in range(6)}
+    return fill(PredictionHeads(layers=6, shared=False), names, "query_head.")
+
+
+# ours -> theirs, of the two stages
+QUERIES = {
+    "transform": "transformer.enc_output",
+    "norm": "transformer.enc_output_norm",
+    "classes": "cls_branches.6",
+    "boxes.layers": "reg_branches.6",
+    "content": "query_embedding",
+    "positions.linear": "transformer.pos_trans",
+    "positions.norm": "transformer.pos_trans_norm",
+}
+
+
+def queries() -> TwoStageQueries:
+    return fill(TwoStageQueries(), QUERIES, "query_head.")
+
+
+def detector() -> DeformableDETR:
+    """The whole model without its auxiliary heads."""
+    return DeformableDETR(
+        backbone=backbone(),
+        in_features=["res3", "res4", "res5"],
+        neck=neck(),
+        encoder=encoder(),
+        queries=queries(),
+        decoder=decoder(),
+        heads=heads(),
+        criterion=DETRCriterion(matcher=HungarianMatcher()),
+        num_classes=80,
+        pixel_mean=[0.0] * 3,
+        pixel_std=[1.0] * 3,
+    ).eval()
 
 
 def error(found: torch.Tensor, expected: np.ndarray) -> float:
     assert tuple(found.shape) == expected.shape
     return float(np.abs(found.detach().numpy() - expected).max())
-
-
-def proposal_queries(memory: Memory) -> tuple[Queries, torch.Tensor, torch.Tensor]:
-    """The queries of the recorded model for an image without padding: the best proposals of the
-    encoder's own heads.
-
-    Returns them, the scores of all positions, and which were chosen.
-    """
-    prefix = "query_head.transformer."
-
-    def linear(name: str, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, weight(f"{prefix}{name}.weight"), weight(f"{prefix}{name}.bias"))
-
-    def norm(name: str, x: torch.Tensor) -> torch.Tensor:
-        size = x.shape[-1:]
-        values = (weight(f"{prefix}{name}.{part}", size) for part in ("weight", "bias"))
-        return F.layer_norm(x, size, *values)
-
-    boxes = []
-    for level, (h, w) in enumerate(memory.shapes):
-        y, x = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
-        centre = torch.stack([(x + 0.5) / w, (y + 0.5) / h], dim=-1).reshape(-1, 2)
-        boxes.append(torch.cat([centre, torch.full_like(centre, 0.05 * 2**level)], dim=1))
-    boxes = torch.cat(boxes)[None]
-    valid = ((boxes > 0.01) & (boxes < 0.99)).all(-1, keepdim=True)
-    logits = torch.logit(boxes).masked_fill(~valid, torch.inf)
-    out = norm("enc_output_norm", linear("enc_output", memory.tokens.masked_fill(~valid, 0.0)))
-    all_heads = heads()
-    scores = all_heads.classes[6](out)[..., 0]
-    raw = all_heads.boxes[6].layers(out) + logits
-    index = scores.topk(300, dim=1).indices
-    references = raw.gather(1, index[..., None].expand(-1, -1, 4)).sigmoid()
-    power = 10000 ** (torch.arange(128) // 2 * 2 / 128)
-    angle = references[..., None] * 2 * math.pi / power
-    waves = torch.stack([angle[..., 0::2].sin(), angle[..., 1::2].cos()], dim=-1).flatten(2)
-    position = norm("pos_trans_norm", linear("pos_trans", waves))[..., :256]
-    content = weight("query_head.query_embedding.weight")[None]
-    return Queries(content, position, references), scores, index

@@ -3,13 +3,14 @@ heads, from the image to the losses.
 """
 
 import functools
+import math
 
 import numpy as np
 import pytest
 import torch
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import Boxes, ImageList, Instances
 
-from d2dense.modeling.detr import DETRCriterion, HungarianMatcher, SinePositions, build_targets
+from d2dense.modeling.detr import HungarianMatcher, SinePositions, build_targets
 from d2dense.modeling.detr.memory import centres, padding_masks, valid_ratios
 from tests.modeling.detr import recorded
 
@@ -22,69 +23,125 @@ def recording(name):
 
 
 @functools.cache
+def detector():
+    return recorded.detector()
+
+
+def images():
+    return ImageList(recorded.image(), [(192, 256)])
+
+
+@functools.cache
 @torch.no_grad()
 def memory():
-    maps = recorded.neck()(list(recorded.backbone()(recorded.image()).values()))
-    return maps, recorded.encoder()(maps, torch.tensor([[192.0, 256.0]]), (192, 256))
+    return detector().encode(images())
 
 
 @functools.cache
 @torch.no_grad()
 def predictions():
-    _, encoded = memory()
-    queries, scores, index = recorded.proposal_queries(encoded)
-    heads = recorded.heads()
-    states, references = recorded.decoder()(queries, encoded, heads.predict_boxes)
-    layers = range(len(states))
-    logits = torch.stack([heads.classes[i](states[i]) for i in layers])
-    boxes = torch.stack([heads.predict_boxes(i, states[i], references[i]) for i in layers])
-    return scores, index, logits, boxes
+    queries = detector().queries(memory())
+    return queries.proposals, *detector().predict(queries, memory())
+
+
+def instances(file, image=0):
+    found = Instances((192, 256))
+    found.gt_boxes = Boxes(torch.from_numpy(file[f"gt_box{image}"]))
+    found.gt_classes = torch.from_numpy(file[f"gt_label{image}"]).long()
+    return found
 
 
 def test_the_neck():
-    for level, found in enumerate(memory()[0]):
+    with torch.no_grad():
+        maps = detector().neck(list(detector().backbone(recorded.image()).values()))
+    for level, found in enumerate(maps):
         step = max(1, found.shape[2] // 8)
         expected = recording("eval_co_deformable_r50")[f"neck_{level}"]
         assert recorded.error(found[:, ::16, ::step, ::step], expected) < 1e-4
 
 
 def test_the_encoder():
-    tokens = memory()[1].tokens
+    tokens = memory().tokens
     step = tokens.shape[1] // 60
     expected = recording("eval_co_deformable_r50")["memory"]
     assert recorded.error(tokens[:, ::step, ::8], expected) < 2e-5
 
 
-def test_the_decoder_and_its_heads():
-    scores, index, logits, boxes = predictions()
-    file = recording("eval_co_deformable_r50")
+def test_the_proposals():
+    proposals, file = predictions()[0], recording("eval_co_deformable_r50")
+    scores = proposals.scores
     assert recorded.error(scores[:, :: scores.shape[1] // 500], file["enc_score"]) < 1e-4
-    assert (index.numpy() == file["enc_topk_index"]).all()
+    assert (proposals.index.numpy() == file["enc_topk_index"]).all()
+    assert recorded.error(proposals.top_scores, file["enc_topk_score"]) < 1e-4
+    assert recorded.error(proposals.boxes, file["enc_topk_box"]) < 1e-5
+
+
+def test_the_decoder_and_its_heads():
+    _, logits, boxes = predictions()
+    file = recording("eval_co_deformable_r50")
     assert recorded.error(boxes[:, :, ::3], file["dec_box"]) < 1e-5
     assert recorded.error(logits[:, :, ::15, ::4], file["dec_cls"]) < 1e-4
+    assert recorded.error(logits[-1, :, :12], file["dec_cls_last"]) < 1e-4
 
 
-def targets(file):
-    instances = Instances((192, 256))
-    instances.gt_boxes = Boxes(torch.from_numpy(file["gt_box0"]))
-    instances.gt_classes = torch.from_numpy(file["gt_label0"]).long()
-    return build_targets([instances], torch.device("cpu"))
+def test_the_detections():
+    _, logits, boxes = predictions()
+    found = detector().select(logits[-1], boxes[-1], images())[0]
+    file = recording("eval_co_deformable_r50")
+    assert len(found) == 100
+    assert recorded.error(found.pred_boxes.tensor[:50], file["det0_box"]) < 5e-3
+    assert recorded.error(found.scores[:50], file["det0_score"]) < 1e-5
+    assert (found.pred_classes[:50].numpy() == file["det0_label"]).all()
 
 
-def test_matches_and_losses():
+def test_the_matches():
     file = recording("train_co_deformable_r50")
-    _, _, logits, boxes = predictions()
-    given = targets(file)
-    matches = HungarianMatcher()(logits, boxes, given)
-    for layer in range(6):
-        query, gt = file[f"match/dec{layer}_img0"]
-        expected = dict(zip(gt - 1, query))
-        assert dict(enumerate(matches.queries[layer, 0].numpy())) == expected
-    losses = DETRCriterion(matcher=HungarianMatcher())(logits, boxes, given)
-    recorded_losses = dict(zip(file["loss_names"].tolist(), file["loss_values"].tolist()))
-    assert len(losses) == 18
+    proposals, logits, boxes = predictions()
+    given = build_targets([instances(file)], torch.device("cpu"))
+    encoder = detector().queries.encoder_predictions(proposals)
+    assert encoder.binary
+    binary = given._replace(classes=given.classes * 0)
+    decoded, encoded = HungarianMatcher().match(
+        [(logits, boxes, given), (encoder.logits[None], encoder.boxes[None], binary)]
+    )
+    found = {f"dec{i}": decoded.queries[i, 0] for i in range(6)} | {"enc": encoded.queries[0, 0]}
+    for name, queries in found.items():
+        query, gt = file[f"match/{name}_img0"]
+        assert dict(enumerate(queries.numpy())) == dict(zip(gt - 1, query)), name
+
+
+# official parameters that no loss of an auxiliary branch reaches
+ALONE = {theirs: ours for ours, theirs in recorded.QUERIES.items()}
+
+
+def test_the_losses_and_their_gradients():
+    file = recording("train_co_deformable_r50")
+    losses = detector().losses(images(), [instances(file)])
+    expected = dict(zip(file["loss_names"].tolist(), file["loss_values"].tolist()))
+    assert len(losses) == 21
     for name, value in losses.items():
-        assert float(value) == pytest.approx(recorded_losses[name], rel=1e-5), name
+        assert float(value.detach()) == pytest.approx(expected[name], rel=1e-5), name
+    of_boxes = [loss for name, loss in losses.items() if "bbox" in name or "iou" in name]
+    parameters = dict(detector().queries.named_parameters())
+    keys = [key.removeprefix("query_head.") for key in file["grad_keys"].tolist()]
+    for total, norms in ((losses.values(), "grad_norm"), (of_boxes, "grad_norm_box")):
+        gradients = torch.autograd.grad(
+            sum(total), parameters.values(), retain_graph=True, allow_unused=True
+        )
+        found = dict(zip(parameters, gradients))
+        known, seen = dict(zip(keys, file[norms].tolist())), 0
+        largest = float(np.nanmax(file[norms]))
+        for theirs, value in known.items():
+            prefix = next((part for part in ALONE if theirs.startswith(f"{part}.")), None)
+            if prefix is None:
+                continue
+            gradient = found[ALONE[prefix] + theirs.removeprefix(prefix)]
+            seen += 1
+            if math.isnan(value):
+                assert gradient is None or not gradient.any(), theirs
+            elif value > 1e-6 * largest:
+                assert float(gradient.norm()) == pytest.approx(value, rel=1e-3), theirs
+        assert seen == len(parameters)
 
 
 # ------------------------------------------------ single functions
@@ -136,10 +193,10 @@ def test_costs():
     g = torch.Generator().manual_seed(19)
     boxes = torch.rand(15, 4, generator=g) * 0.5 + 0.2
     logits = torch.randn(15, 80, generator=torch.Generator().manual_seed(20))
-    instances = Instances((192, 256))
-    instances.gt_boxes = Boxes(torch.from_numpy(units["cost_gt_box"]).float())
-    instances.gt_classes = torch.from_numpy(units["cost_gt_label"]).long()
-    given = build_targets([instances], torch.device("cpu"))
+    target = Instances((192, 256))
+    target.gt_boxes = Boxes(torch.from_numpy(units["cost_gt_box"]).float())
+    target.gt_classes = torch.from_numpy(units["cost_gt_label"]).long()
+    given = build_targets([target], torch.device("cpu"))
     weights = {"class_weight": 2.0, "l1_weight": 5.0, "giou_weight": 2.0}
     parts = {"cost_cls": "class_weight", "cost_l1": "l1_weight", "cost_giou": "giou_weight"}
     for part, name in parts.items():
