@@ -21,6 +21,11 @@ from detectron2.modeling.roi_heads import (
 )
 from torch import Tensor, nn
 
+from d2dense.checkpoint.mmdetection import (
+    DECODER_ATTENTIONS,
+    ENCODER_ATTENTIONS,
+    transformer_layers,
+)
 from d2dense.errors import UserError
 from d2dense.modeling.detr import DeformableDETR
 from d2dense.modeling.mask2former import Mask2Former
@@ -105,9 +110,8 @@ def _deformable_detr(model: DeformableDETR) -> dict[str, str]:
         "queries.embedding": f"{head}.query_embedding",
         "queries.reference_points": f"{transformer}.reference_points",
     }
-    decoder = {"self_attention": "attentions.0.attn", "cross_attention": "attentions.1"}
-    for name, attentions in (("encoder", _ENCODER), ("decoder", decoder)):
-        layers = _layers(getattr(model, name).layers, attentions)
+    for name, attentions in (("encoder", ENCODER_ATTENTIONS), ("decoder", DECODER_ATTENTIONS)):
+        layers = transformer_layers(len(getattr(model, name).layers), attentions)
         parts |= {f"{name}.{k}": f"{transformer}.{name}.{v}" for k, v in layers.items()}
     for i in range(len(model.heads.classes)):
         parts[f"heads.classes.{i}"] = f"{head}.cls_branches.{i}"
@@ -135,31 +139,11 @@ def _mask2former(model: Mask2Former) -> dict[str, str]:
         for kind in ("weight", "bias"):
             parts[f"pixel_decoder.{ours}.{kind}"] = f"{pixels}.{theirs}.conv.{kind}"
         parts[f"pixel_decoder.{ours}.norm"] = f"{pixels}.{theirs}.gn"
-    encoder = _layers(model.pixel_decoder.encoder.layers, _ENCODER)
+    encoder = transformer_layers(len(model.pixel_decoder.encoder.layers), ENCODER_ATTENTIONS)
     parts |= {f"pixel_decoder.encoder.{k}": f"{pixels}.encoder.{v}" for k, v in encoder.items()}
     attentions = {"cross_attention": "attentions.0.attn", "self_attention": "attentions.1.attn"}
-    decoder = _layers(model.decoder.layers, attentions)
+    decoder = transformer_layers(len(model.decoder.layers), attentions)
     return parts | {f"decoder.{k}": f"{head}.transformer_decoder.{v}" for k, v in decoder.items()}
-
-
-_ENCODER = {"attention": "attentions.0"}
-
-
-def _layers(layers: nn.ModuleList, attentions: dict[str, str]) -> dict[str, str]:
-    """Return the names of transformer layers, given those of their attentions, one norm after each
-    and after the perceptron.
-    """
-    names = {
-        **attentions,
-        "ffn.linear1": "ffns.0.layers.0.0",
-        "ffn.linear2": "ffns.0.layers.1",
-        **{f"norm{k + 1}": f"norms.{k}" for k in range(len(attentions) + 1)},
-    }
-    return {
-        f"layers.{i}.{ours}": f"layers.{i}.{theirs}"
-        for i in range(len(layers))
-        for ours, theirs in names.items()
-    }
 
 
 HEADS: dict[type, Callable[[nn.Module], dict[str, str]]] = {
