@@ -274,7 +274,8 @@ def _add_model_keys(cfg: CN) -> None:
 def _add_detr_keys(cfg: CN) -> None:
     # META_ARCHITECTURE "DeformableDETR" (modeling/detr): the backbone's feature maps, finest first,
     cfg.MODEL.DETR = CN({"IN_FEATURES": ["p3", "p4", "p5", "p6"]})
-    # what makes levels of them: "none", or "channel_mapper" (any widths, adds coarser levels),
+    # what makes levels of them: "none", "channel_mapper" (any widths, adds coarser levels), or
+    # "projection" (the same without norms),
     cfg.MODEL.DETR.NECK = "none"
     # how many levels, and their channels,
     cfg.MODEL.DETR.LEVELS = 4
@@ -289,7 +290,8 @@ def _add_detr_keys(cfg: CN) -> None:
     # width inside the perceptrons, and dropout,
     cfg.MODEL.DETR.FEEDFORWARD = 1024
     cfg.MODEL.DETR.DROPOUT = 0.1
-    # its encoder, queries and decoder: "deformable",
+    # its encoder, queries and decoder: "deformable", or of one level "conditional" or "dab", whose
+    # refinement, norms and positions are fixed (modeling/detr/single_scale.py),
     cfg.MODEL.DETR.TRANSFORMER = "deformable"
     # the sine encoding of positions,
     cfg.MODEL.DETR.POSITION_TEMPERATURE = 10000.0

@@ -2,6 +2,7 @@
 
 from .boxes import BoxEmbedding, BoxPositions, inverse_sigmoid
 from .channel_mapper import ChannelMapper
+from .conditional_decoder import ConditionalDecoder, ConditionalDecoderLayer
 from .criterion import CLASS_LOSSES, DETRCriterion, mean_over_processes
 from .decoder import DeformableDecoder, DeformableDecoderLayer
 from .deformable_detr import DeformableDETR
@@ -15,16 +16,21 @@ from .positions import SinePositions
 from .proposals import EncoderPredictions, Proposals, TwoStageQueries
 from .queries import LearnedQueries, Queries
 from .selection import Selection
+from .single_scale_encoder import SingleScaleEncoder, SingleScaleEncoderLayer
+from .single_scale_queries import AnchorQueries, PointQueries
 from .soft_nms import soft_nms
 from .targets import Targets, build_targets
 
 __all__ = [
     "CLASS_LOSSES",
     "NECKS",
+    "AnchorQueries",
     "BoxEmbedding",
     "BoxHead",
     "BoxPositions",
     "ChannelMapper",
+    "ConditionalDecoder",
+    "ConditionalDecoderLayer",
     "ContrastiveDenoising",
     "DETRCriterion",
     "DeformableDETR",
@@ -38,11 +44,14 @@ __all__ = [
     "Matches",
     "Memory",
     "NoisedQueries",
+    "PointQueries",
     "PredictionHeads",
     "Proposals",
     "Queries",
     "Selection",
     "SinePositions",
+    "SingleScaleEncoder",
+    "SingleScaleEncoderLayer",
     "Targets",
     "TwoStageQueries",
     "build_targets",

@@ -15,14 +15,14 @@ __all__ = ["ChannelMapper"]
 
 class ChannelMapper(nn.Module):
     """A 1x1 convolution per map, and coarser levels by strided 3x3 convolutions, the first from the
-    backbone's last map; all with group norm.
+    backbone's last map; all with group norm, or with a bias.
 
     Args:
         input_shape: channels of the backbone's maps by name
         in_features: which of them, finest first
         out_channels: C of all levels
         levels: how many there are in the end
-        norm_groups: of the group norm
+        norm_groups: of the group norm; 0: none
     """
 
     def __init__(
@@ -44,8 +44,8 @@ class ChannelMapper(nn.Module):
                 kernel,
                 stride=stride,
                 padding=kernel // 2,
-                bias=False,
-                norm=nn.GroupNorm(norm_groups, out_channels),
+                bias=not norm_groups,
+                norm=nn.GroupNorm(norm_groups, out_channels) if norm_groups else None,
             )
 
         self.convs = nn.ModuleList(conv(width, 1, 1) for width in widths)
@@ -55,6 +55,8 @@ class ChannelMapper(nn.Module):
         )
         for each in (*self.convs, *self.extra_convs):
             nn.init.xavier_uniform_(each.weight)
+            if each.bias is not None:
+                nn.init.zeros_(each.bias)
 
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
         """Return ``(N, C, Hl, Wl)`` per level from the backbone's maps."""

@@ -10,6 +10,7 @@ from torch import nn
 
 from d2dense.errors import UserError
 
+from . import single_scale
 from .boxes import BoxPositions
 from .channel_mapper import ChannelMapper
 from .criterion import DETRCriterion
@@ -23,7 +24,7 @@ from .queries import LearnedQueries
 
 __all__ = ["NECKS", "TRANSFORMERS", "criterion", "neck", "transformer"]
 
-NECKS = ("none", "channel_mapper")
+NECKS = ("none", "channel_mapper", "projection")
 
 
 def _one_of(key: str, value: str, known) -> None:
@@ -41,6 +42,7 @@ def neck(node: CfgNode, shapes: dict[str, ShapeSpec]) -> nn.Module | None:
         in_features=node.IN_FEATURES,
         out_channels=node.CHANNELS,
         levels=node.LEVELS,
+        norm_groups=0 if node.NECK == "projection" else 32,
     )
 
 
@@ -117,6 +119,8 @@ def _denoising(node: CfgNode) -> nn.Module | None:
 # MODEL.DETR.TRANSFORMER -> its node's encoder, queries, decoder, heads and denoising (None: none)
 TRANSFORMERS: dict[str, Callable[[CfgNode], dict[str, nn.Module | None]]] = {
     "deformable": deformable,
+    "conditional": single_scale.conditional,
+    "dab": single_scale.dab,
 }
 
 
