@@ -18,14 +18,16 @@ def instances(size: tuple[int, int], boxes, classes) -> Instances:
     return result
 
 
-def random_instances(seed: int, sizes, counts, *, num_classes: int) -> list[Instances]:
-    """Boxes of all sizes somewhere in the images."""
+def random_instances(
+    seed: int, sizes, counts, *, num_classes: int, least: float = 0.02
+) -> list[Instances]:
+    """Boxes somewhere in the images, as wide and high as ``least`` of them or more."""
     draw = torch.Generator().manual_seed(seed)
     result = []
     for (height, width), count in zip(sizes, counts):
         ends = torch.rand(count, 2, 2, generator=draw) ** 1.3
         low, high = ends.amin(dim=1), ends.amax(dim=1)
-        boxes = torch.cat([low, high + 0.02], dim=1) * torch.tensor([width, height] * 2)
+        boxes = torch.cat([low, high + least], dim=1) * torch.tensor([width, height] * 2)
         classes = torch.randint(num_classes, (count,), generator=draw)
         result.append(instances((height, width), boxes, classes))
     return result
