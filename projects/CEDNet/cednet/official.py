@@ -10,11 +10,10 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
-from d2dense.checkpoint import convert, convert_back
+from d2dense.checkpoint import convert_back
+from d2dense.checkpoint.building import build_with_weights
 from d2dense.config import detectors, detr
 from d2dense.errors import UserError, nearest
 
@@ -103,15 +102,7 @@ def load(variant: str, state_dict: Mapping[str, Tensor]) -> nn.Module:
     Raises:
         UserError: an unknown variant, or weights that are missing, unused or of another shape.
     """
-    with _NoMemory():
-        model = build(variant)
-    own = model.state_dict()
-    weights = convert(state_dict, "cednet", model)
-    for name in own.keys() - weights.keys():
-        weights[name] = torch.zeros_like(own[name], device="cpu")  # counts of batches, never read
-    weights = {name: value.to("cpu", own[name].dtype, copy=True) for name, value in weights.items()}
-    model.load_state_dict(weights, assign=True)
-    return model.eval()
+    return build_with_weights(partial(build, variant), state_dict, "cednet")
 
 
 def state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -133,15 +124,3 @@ def build(variant: str) -> nn.Module:
         raise UserError(f"unknown official model {variant!r}{nearest(variant, VARIANTS)}")
     builder, trunk = _BUILDERS[variant]
     return builder(trunk)
-
-
-class _NoMemory(TorchFunctionMode):
-    """Weights are created without memory and initial values; tensors that are computed, such as
-    anchors, exist.
-    """
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = dict(kwargs or {})
-        if func is torch.empty:
-            kwargs["device"] = "meta"
-        return func(*args, **kwargs)
