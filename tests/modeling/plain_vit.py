@@ -63,7 +63,6 @@ def windowed_attention(tokens: Tensor, state: dict[str, Tensor], heads: int, sid
 
 def block(tokens, state, heads, *, window=None, rotary_side=None) -> Tensor:
     """A whole block on ``(H, W, C)``, with the parameters that ``state`` has."""
-    h, w, c = tokens.shape
 
     def part(prefix: str) -> dict[str, Tensor]:
         return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
@@ -75,7 +74,7 @@ def block(tokens, state, heads, *, window=None, rotary_side=None) -> Tensor:
 
     own = part("attn.attention.")
     if window is None:
-        lengths = (rotary_side or h, rotary_side or w)
+        lengths = [rotary_side or length for length in tokens.shape[:2]]
         tokens = tokens + attention(norm(tokens, "norm1"), own, heads, lengths)
     else:
         tokens = tokens + windowed_attention(norm(tokens, "norm1"), own, heads, window)
