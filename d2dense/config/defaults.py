@@ -274,8 +274,9 @@ def _add_model_keys(cfg: CN) -> None:
 def _add_detr_keys(cfg: CN) -> None:
     # META_ARCHITECTURE "DeformableDETR" (modeling/detr): the backbone's feature maps, finest first,
     cfg.MODEL.DETR = CN({"IN_FEATURES": ["p3", "p4", "p5", "p6"]})
-    # what makes levels of them: "none", "channel_mapper" (any widths, adds coarser levels), or
-    # "projection" (the same without norms),
+    # what makes levels of them: "none", "channel_mapper" (any widths, adds coarser levels),
+    # "projection" (the same without norms), or "simple_pyramid" (the coarsest LEVELS of p2 to p6
+    # from the map at stride 16),
     cfg.MODEL.DETR.NECK = "none"
     # how many levels, and their channels,
     cfg.MODEL.DETR.LEVELS = 4

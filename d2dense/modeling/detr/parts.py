@@ -9,6 +9,7 @@ from detectron2.layers import ShapeSpec
 from torch import nn
 
 from d2dense.errors import UserError
+from d2dense.modeling.necks.simple_pyramid import SIMPLE_LEVELS, SimplePyramid
 
 from . import single_scale
 from .boxes import BoxPositions
@@ -24,7 +25,7 @@ from .queries import LearnedQueries
 
 __all__ = ["NECKS", "TRANSFORMERS", "criterion", "neck", "transformer"]
 
-NECKS = ("none", "channel_mapper", "projection")
+NECKS = ("none", "channel_mapper", "projection", "simple_pyramid")
 
 
 def _one_of(key: str, value: str, known) -> None:
@@ -37,6 +38,12 @@ def neck(node: CfgNode, shapes: dict[str, ShapeSpec]) -> nn.Module | None:
     _one_of("NECK", node.NECK, NECKS)
     if node.NECK == "none":
         return None
+    if node.NECK == "simple_pyramid":
+        return SimplePyramid(
+            in_channels=shapes[node.IN_FEATURES[-1]].channels,
+            out_channels=node.CHANNELS,
+            levels=SIMPLE_LEVELS[-node.LEVELS :],
+        )
     return ChannelMapper(
         input_shape=shapes,
         in_features=node.IN_FEATURES,
