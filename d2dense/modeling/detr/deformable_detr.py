@@ -175,8 +175,7 @@ class DeformableDETR(nn.Module):
     ) -> list[dict[str, Instances]] | list[Instances]:
         """Return the detections; without ``do_postprocess`` plain instances at the given size."""
         images = self.preprocess(batched_inputs)
-        logits, boxes = self.decode(self.encode(images), all_layers=False)
-        found = self.select(logits[-1], boxes[-1], images)
+        found = self.detect(images)
         if not do_postprocess:
             return found
         return [
@@ -187,6 +186,11 @@ class DeformableDETR(nn.Module):
             }
             for each, given, size in zip(found, batched_inputs, images.image_sizes)
         ]
+
+    def detect(self, images: ImageList) -> list[Instances]:
+        """Return the detections of each image, best first, in pixels of the input."""
+        logits, boxes = self.decode(self.encode(images), all_layers=False)
+        return self.select(logits[-1], boxes[-1], images)
 
     def preprocess(self, batched_inputs: list[dict[str, Any]]) -> ImageList:
         """Return the normalised images, filled up with zeros to one size."""
