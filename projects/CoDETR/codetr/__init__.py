@@ -2,6 +2,23 @@
 registers ``CoDETR``.
 """
 
+from .adapter import MultiScaleAdapter
 from .auxiliary import AuxiliaryHead, Candidates
+from .config import add_codetr_config
+from .heads import HEADS, ATSSHead, FasterRCNNHead
+from .meta_arch import CoDETR
+from .positive_queries import PositiveQueries
+from .single_scale_adapter import SingleScaleAdapter
 
-__all__ = ["AuxiliaryHead", "Candidates"]
+__all__ = [
+    "HEADS",
+    "ATSSHead",
+    "AuxiliaryHead",
+    "Candidates",
+    "CoDETR",
+    "FasterRCNNHead",
+    "MultiScaleAdapter",
+    "PositiveQueries",
+    "SingleScaleAdapter",
+    "add_codetr_config",
+]

@@ -1,1 +1,18 @@
-"""Auxiliary heads with one-to-many assignment (Section 6 of the paper's supplement, Tables 7-8)."""
+"""Auxiliary heads, one per module."""
+
+from .atss import ATSSHead
+from .faster_rcnn import FasterRCNNHead
+from .fcos import FCOSHead
+from .gfl import GFLHead
+from .retinanet import RetinaNetHead
+
+__all__ = ["HEADS", "ATSSHead", "FCOSHead", "FasterRCNNHead", "GFLHead", "RetinaNetHead"]
+
+# MODEL.CODETR.AUXILIARY_HEADS -> class, made as HEADS[name](cfg, channels, strides, num_classes)
+HEADS = {
+    "faster_rcnn": FasterRCNNHead,
+    "atss": ATSSHead,
+    "fcos": FCOSHead,
+    "gfl": GFLHead,
+    "retinanet": RetinaNetHead,
+}
