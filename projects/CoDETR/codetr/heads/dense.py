@@ -29,6 +29,7 @@ __all__ = [
     "dense_arguments",
     "dense_detections",
     "flatten_levels",
+    "focal_losses",
     "focal_sum",
     "output_conv",
 ]
@@ -98,8 +99,10 @@ def average_factor(number: Tensor) -> Tensor:
     return mean.clamp(min=1.0)
 
 
-def focal_sum(logits: Tensor, labels: Tensor, *, alpha: float = 0.25, gamma: float = 2.0) -> Tensor:
-    """Return the sum of the sigmoid focal losses.
+def focal_losses(
+    logits: Tensor, labels: Tensor, *, alpha: float = 0.25, gamma: float = 2.0
+) -> Tensor:
+    """Return the sigmoid focal loss of each anchor, ``(N, A)``.
 
     Args:
         logits: ``(N, A, K)``, float32
@@ -108,7 +111,12 @@ def focal_sum(logits: Tensor, labels: Tensor, *, alpha: float = 0.25, gamma: flo
     classes = torch.arange(logits.shape[-1], device=labels.device)
     target = (labels[..., None] == classes).to(logits.dtype)
     loss = sigmoid_focal_loss(logits, target, alpha=alpha, gamma=gamma)
-    return (loss.sum(dim=-1) * (labels >= 0)).sum()
+    return loss.sum(dim=-1) * (labels >= 0)
+
+
+def focal_sum(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the sum of the :func:`focal_losses`."""
+    return focal_losses(logits, labels).sum()
 
 
 def dense_arguments(
