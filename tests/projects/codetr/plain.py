@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from detectron2.structures import Boxes, Instances
 
@@ -116,3 +117,28 @@ def grid(maps, strides, *, scales=(8.0,), ratios=(1.0,)):
                         box = [x - width / 2, y - height / 2, x + width / 2, y + height / 2]
                         places.append((level, row, column, box))
     return places
+
+
+def fit_mixture(values: np.ndarray, *, steps: int = 100, tolerance: float = 1e-3):
+    """Expectation-maximisation as in any textbook; started and stopped as the head does."""
+    means = np.array([values.min(), values.max()])
+    variances, weights = np.ones(2), np.full(2, 0.5)
+    before = -np.inf
+    for _ in range(steps):
+        density = np.array(
+            [
+                w / np.sqrt(2 * np.pi * v) * np.exp(-((values - m) ** 2) / (2 * v))
+                for w, m, v in zip(weights, means, variances)
+            ]
+        )  # (2, V)
+        now = np.log(density.sum(axis=0)).mean()
+        share = density / density.sum(axis=0)
+        for part in range(2):
+            size = share[part].sum()
+            weights[part] = size / len(values)
+            means[part] = (share[part] * values).sum() / size
+            variances[part] = (share[part] * (values - means[part]) ** 2).sum() / size + 1e-6
+        if abs(now - before) < tolerance:
+            break
+        before = now
+    return weights, means, variances

@@ -7,31 +7,7 @@ import pytest
 import torch
 
 from codetr.heads.mixture import fit_mixture
-
-
-def plain_fit(values: np.ndarray, *, steps: int = 100, tolerance: float = 1e-3):
-    """Expectation-maximisation as in any textbook; started and stopped as the head does."""
-    means = np.array([values.min(), values.max()])
-    variances, weights = np.ones(2), np.full(2, 0.5)
-    before = -np.inf
-    for _ in range(steps):
-        density = np.array(
-            [
-                w / np.sqrt(2 * np.pi * v) * np.exp(-((values - m) ** 2) / (2 * v))
-                for w, m, v in zip(weights, means, variances)
-            ]
-        )  # (2, V)
-        now = np.log(density.sum(axis=0)).mean()
-        share = density / density.sum(axis=0)
-        for part in range(2):
-            size = share[part].sum()
-            weights[part] = size / len(values)
-            means[part] = (share[part] * values).sum() / size
-            variances[part] = (share[part] * (values - means[part]) ** 2).sum() / size + 1e-6
-        if abs(now - before) < tolerance:
-            break
-        before = now
-    return weights, means, variances
+from tests.projects.codetr import plain
 
 
 def samples(seed: int = 0) -> list[np.ndarray]:
@@ -58,7 +34,7 @@ def test_equals_a_plain_fit_of_each_sample():
     each = samples()
     mixture = fit_mixture(*padded(each))
     for row, sample in enumerate(each):
-        weights, means, variances = plain_fit(sample.astype(np.float32).astype(np.float64))
+        weights, means, variances = plain.fit_mixture(sample.astype(np.float32).astype(np.float64))
         np.testing.assert_allclose(mixture.weights[row], weights, atol=1e-6)
         np.testing.assert_allclose(mixture.means[row], means, atol=1e-6)
         np.testing.assert_allclose(mixture.variances[row], variances, atol=1e-6)
@@ -68,7 +44,7 @@ def test_the_limit_of_iterations_is_kept():
     each = samples()
     mixture = fit_mixture(*padded(each), iterations=3)
     for row, sample in enumerate(each):
-        _, means, _ = plain_fit(sample.astype(np.float32).astype(np.float64), steps=3)
+        _, means, _ = plain.fit_mixture(sample.astype(np.float32).astype(np.float64), steps=3)
         np.testing.assert_allclose(mixture.means[row], means, atol=1e-6)
 
 
