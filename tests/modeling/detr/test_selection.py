@@ -113,6 +113,7 @@ def test_scores_of_zero_are_dropped():
 def test_soft_suppression_follows_the_best_pairs():
     logits, boxes, tensor, sizes = inputs()
     boxes[:, 1] = boxes[:, 0] + 0.001
+    logits[:, :2, 2] = torch.tensor([3.0, 2.9])
     found = Selection(max_detections=4, soft_nms_iou=0.8)(logits, boxes, tensor, sizes)
     everything = Selection(max_detections=6)(logits, boxes, tensor, sizes)
     for ours, plain in zip(found, everything):

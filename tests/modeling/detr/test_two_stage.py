@@ -1,0 +1,526 @@
+"""Proposals, positions of queries, and a decoder that looks forward twice."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from detectron2.config import instantiate
+from detectron2.structures import ImageList
+from torch import nn
+
+from d2dense.config import detr
+from d2dense.config.defaults import get_cfg
+from d2dense.engine.recompute import enable_activation_checkpointing
+from d2dense.errors import UserError
+from d2dense.export import adapt
+from d2dense.modeling.detr import (
+    BoxEmbedding,
+    BoxPositions,
+    Memory,
+    TwoStageQueries,
+    inverse_sigmoid,
+    parts,
+)
+from d2dense.modeling.detr.memory import valid_ratios
+from d2dense.modeling.detr.positions import encode_coordinates
+from d2dense.modeling.detr.proposals import anchor_boxes
+from tests.modeling.detr import recorded
+from tests.modeling.detr.test_deformable_detr import CLASSES, Strides, image
+
+needs_recording = pytest.mark.skipif(not recorded.THERE, reason="no recorded outputs here")
+KINDS = ("deformable_detr_plus_plus", "dino")
+
+
+def build(kind, **changes):
+    torch.manual_seed(0)
+    node = getattr(detr, kind)(
+        backbone=None, in_features="abc", num_classes=CLASSES, channels=16, levels=3
+    )
+    for part in (node.encoder, node.decoder):
+        part.update(heads=2, points=2, feedforward=32, layers=2)
+    node.queries.num_queries = 7
+    node.max_detections = 10
+    if kind == "dino":
+        node.denoising.num_queries = 8
+    node.update(changes)
+    node.backbone = nn.Identity()  # replaced below
+    model = instantiate(node)
+    model.backbone = Strides()
+    for head in (*model.heads.boxes, model.queries.boxes):  # untrained ones move nothing
+        nn.init.normal_(head.layers[-1].weight, std=0.5)
+    return model
+
+
+def memory_of(masks, tokens=None):
+    """A memory of these padding masks (N, Hl, Wl)."""
+    padding = torch.cat([mask.flatten(1) for mask in masks], dim=1)
+    shapes = [tuple(mask.shape[1:]) for mask in masks]
+    ratios = torch.stack([valid_ratios(mask) for mask in masks], dim=1)
+    tokens = torch.randn(*padding.shape, 8) if tokens is None else tokens
+    return Memory(tokens, shapes, padding, ratios)
+
+
+def three_quarters(shapes):
+    masks = []
+    for h, w in shapes:
+        mask = torch.zeros(2, h, w, dtype=torch.bool)
+        mask[1, int(0.75 * h) :] = True
+        mask[1, :, int(0.75 * w) :] = True
+        masks.append(mask)
+    return masks
+
+
+# ------------------------------------------------ encodings
+
+
+@needs_recording
+def test_the_recorded_encodings():
+    units = np.load(recorded.UNITS)
+    boxes = torch.rand(1, 7, 4, generator=torch.Generator().manual_seed(10))
+    embedding = BoxEmbedding(channels=256, out_channels=256)
+    positions = BoxPositions(channels=256)
+    seen = []
+    for layer in (embedding.linear, positions.layers):
+        layer.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    embedding(inverse_sigmoid(boxes).sigmoid())
+    positions(boxes)
+    assert recorded.error(seen[0][..., ::8], units["proposal_pe"]) < 1e-5
+    assert recorded.error(seen[1][..., ::8], units["dino_sine"]) < 1e-5
+
+
+def test_an_embedding_by_hand():
+    module = BoxEmbedding(channels=8, out_channels=16)
+    box = [0.25, 0.5, 0.1, 0.9]
+    waves = []
+    for value in box:
+        for k in range(2):
+            angle = value * 2 * math.pi / 10000 ** (2 * k / 4)
+            waves += [math.sin(angle), math.cos(angle)]
+    linear = F.linear(torch.tensor(waves), module.linear.weight, module.linear.bias)
+    expected = F.layer_norm(linear, (16,))
+    assert torch.allclose(module(torch.tensor([[box]]))[0, 0], expected, atol=1e-5)
+
+
+def test_inverse_sigmoid():
+    x = torch.tensor([-0.3, 0.0, 0.2, 0.9999999, 1.0, 1.7], requires_grad=True)
+    y = inverse_sigmoid(x, 1e-3)
+    expected = [math.log(1e-3), math.log(1e-3), math.log(0.25), *[math.log(1e3)] * 3]
+    assert y.tolist() == pytest.approx(expected, rel=1e-5)
+    y.sum().backward()
+    assert torch.isfinite(x.grad).all()
+
+
+# ------------------------------------------------ proposals
+
+
+@needs_recording
+def test_the_recorded_anchors():
+    boxes, valid = anchor_boxes(memory_of(three_quarters(((12, 16), (6, 8)))))
+    expected = torch.from_numpy(np.load(recorded.UNITS)["enc_proposals_logit"])
+    assert torch.equal(valid, torch.isfinite(expected).all(dim=-1))
+    found = torch.logit(boxes).masked_fill(~valid[..., None], torch.inf)
+    assert torch.allclose(found[valid], expected[valid], atol=1e-5)
+    assert (expected[~valid] == torch.inf).all()
+
+
+def test_anchors_at_the_limits():
+    # the first centre of 50 cells is at 0.01, the last at 0.99: neither is valid
+    _, valid = anchor_boxes(memory_of([torch.zeros(1, 2, 50, dtype=torch.bool)]))
+    assert valid[0].view(2, 50).tolist() == [[False, *[True] * 48, False]] * 2
+    # the same with padding to any width
+    for width in range(51, 120):
+        mask = torch.zeros(1, 2, width, dtype=torch.bool)
+        mask[:, :, 50:] = True
+        _, valid = anchor_boxes(memory_of([mask]))
+        assert valid[0].view(2, width)[:, :50].tolist() == [[False, *[True] * 48, False]] * 2
+        assert not valid[0].view(2, width)[:, 50:].any()
+
+
+def slow_proposals(module, memory, image):
+    """Position by position: logits, boxes and validity."""
+    start, rows = 0, []
+    for level, (height, width) in enumerate(memory.shapes):
+        there = ~memory.padding[image, start : start + height * width].view(height, width)
+        rows_valid, columns_valid = int(there[:, 0].sum()), int(there[0].sum())
+        for i in range(height):
+            for j in range(width):
+                token = memory.tokens[image, start + i * width + j]
+                box = [(j + 0.5) / columns_valid, (i + 0.5) / rows_valid, *[0.05 * 2**level] * 2]
+                valid = bool(there[i, j]) and all(0.01 < value < 0.99 for value in box)
+                state = module.norm(module.transform(token if valid else token * 0))
+                shift = module.boxes.layers(state)
+                logit = torch.tensor([math.log(v / (1 - v)) if valid else math.inf for v in box])
+                rows.append((module.classes(state), (shift + logit).sigmoid(), valid))
+        start += height * width
+    return rows
+
+
+@pytest.mark.parametrize("binary", [True, False])
+@torch.no_grad()
+def test_proposals_by_loop(binary):
+    torch.manual_seed(0)
+    memory = memory_of(three_quarters(((8, 12), (4, 6), (2, 3))))
+    module = TwoStageQueries(
+        num_queries=20, channels=8, num_classes=5, binary=binary, positions=binary
+    )
+    nn.init.normal_(module.boxes.layers[-1].weight)
+    found = module(memory)
+    proposals = found.proposals
+    predictions = module.encoder_predictions(proposals)
+    assert predictions.binary == binary
+    for i in range(2):
+        rows = slow_proposals(module, memory, i)
+        scores = [float(logits[0] if binary else logits.max()) for logits, _, _ in rows]
+        assert proposals.scores[i].tolist() == pytest.approx(scores, abs=1e-5)
+        best = sorted(range(len(rows)), key=lambda k: -scores[k])[:20]
+        top = [scores[k] for k in best]
+        assert proposals.top_scores[i].tolist() == pytest.approx(top, abs=1e-5)
+        assert [scores[k] for k in proposals.index[i]] == pytest.approx(top, abs=1e-5)
+        chosen = torch.stack([rows[k][1] for k in proposals.index[i]])
+        assert torch.allclose(found.references[i], chosen, atol=1e-5)
+        assert torch.equal(proposals.boxes[i], found.references[i])
+        which = range(len(rows)) if binary else proposals.index[i].tolist()
+        for column, number in ((predictions.logits, 0), (predictions.boxes, 1)):
+            expected = torch.stack([rows[k][number] for k in which])
+            assert torch.allclose(column[i], expected, atol=1e-5)
+    assert torch.equal(found.content, module.content.weight.expand(2, -1, -1))
+    if binary:
+        whole = module.positions(found.references)
+        assert torch.equal(found.position, whole[..., :8])
+    else:
+        assert found.position is None
+
+
+@pytest.mark.parametrize("binary", [True, False])
+def test_fewer_positions_than_queries(binary):
+    module = TwoStageQueries(num_queries=20, channels=8, num_classes=5, binary=binary)
+    found = module(memory_of([torch.zeros(2, 3, 4, dtype=torch.bool)]))
+    assert found.references.shape == (2, 20, 4)
+    assert (found.references[:, 12:] == 1).all()
+    assert (found.proposals.index[:, :12] < 12).all()
+    assert (found.proposals.index[:, 12:] >= 12).all()
+    predictions = module.encoder_predictions(found.proposals)
+    assert predictions.logits.shape[1] == (12 if binary else 20)
+    (predictions.boxes.sum() + predictions.logits.sum()).backward()
+    assert all(torch.isfinite(p.grad).all() for p in module.boxes.parameters())
+
+
+def test_no_gradient_of_the_decoder_reaches_the_proposals():
+    module = TwoStageQueries(num_queries=5, channels=8, num_classes=5)
+    found = module(memory_of([torch.zeros(1, 6, 8, dtype=torch.bool)]))
+    assert not found.references.requires_grad
+    found.position.sum().backward()
+    assert module.boxes.layers[0].weight.grad is None
+    assert module.positions.linear.weight.grad is not None
+
+
+def test_infinite_states_do_not_become_numbers_that_are_none():
+    module = TwoStageQueries(num_queries=5, channels=8, num_classes=5)
+    nn.init.constant_(module.boxes.layers[-1].bias, -torch.inf)
+    found = module(memory_of([torch.ones(1, 6, 8, dtype=torch.bool)]))
+    assert (found.references == 1).all()
+
+
+# ------------------------------------------------ the decoder
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_look_forward_twice(kind):
+    """Gradients of one layer's boxes: its own box head and the one before, not the one before
+    that.
+    """
+    model = build(kind)
+    model.decoder.layers.append(model.decoder.layers[0])
+    model.heads = type(model.heads)(channels=16, num_classes=CLASSES, layers=3, shared=False)
+    for head in model.heads.boxes:
+        nn.init.normal_(head.layers[-1].weight, std=0.5)
+    memory = model.encode(model.preprocess([image(64, 64)]))
+    for twice, expected in ((True, [False, True, True]), (False, [False, False, True])):
+        model.decoder.look_forward_twice = twice
+        model.zero_grad()
+        _, boxes = model.decode(memory)
+        boxes[2].sum().backward(retain_graph=True)
+        heads = [head.layers[-1].weight.grad for head in model.heads.boxes]
+        assert [head is not None and bool(head.any()) for head in heads] == expected
+
+
+def test_refinement_before_the_norm_predictions_after():
+    model = build("dino")
+    nn.init.normal_(model.decoder.norm.weight)
+    memory = model.encode(model.preprocess([image(64, 64), image(40, 50)]))
+    queries = model.queries(memory)
+    raw = []
+    for layer in model.decoder.layers:
+        layer.register_forward_hook(lambda _, __, state: raw.append(state))
+    logits, boxes = model.predict(queries, memory)
+    first, second = raw
+    head = model.heads.boxes[0]
+    norm = model.decoder.norm
+    ratios = memory.valid_ratios
+    start = inverse_sigmoid(queries.references, 1e-3)
+    refined = (head.layers(first) + start).sigmoid()
+    assert torch.allclose(boxes[0], (head.layers(norm(first)) + start).sigmoid(), atol=1e-6)
+    last = model.heads.boxes[1].layers(norm(second)) + inverse_sigmoid(refined, 1e-3)
+    assert torch.allclose(boxes[1], last.sigmoid(), atol=1e-5)
+    assert torch.allclose(logits[1], model.heads.classes[1](norm(second)), atol=1e-6)
+    # positions are those of the first level with its padding, (y, x, w, h)
+    scaled = refined.detach() * ratios[:, 0].repeat(1, 2)[:, None]
+    waves = encode_coordinates(scaled[..., [1, 0, 2, 3]], channels=8)
+    position = model.decoder.positions.layers(waves)
+    of_levels = refined.detach()[:, :, None] * ratios.repeat(1, 1, 2)[:, None]
+    expected = model.decoder.layers[1](first, position, of_levels, memory)
+    assert torch.allclose(expected, second, atol=1e-5)
+
+
+def test_groups_of_queries_in_one_pass():
+    """A mask of each image separates groups like passes of their own."""
+    model = build("dino").eval()
+    memory = model.encode(model.preprocess([image(64, 64), image(40, 50)]))
+    queries = model.queries(memory)._replace(proposals=None)
+    group = torch.tensor([[0, 0, 1, 1, 1, 0, 0], [0, 1, 1, 1, 0, 1, 1]])
+    mask = group[:, :, None] != group[:, None, :]
+    with torch.no_grad():
+        together, _ = model.decoder(queries._replace(mask=mask), memory, model.heads.predict_boxes)
+        for i in range(2):
+            for number in range(2):
+                rows = (group[i] == number).nonzero()[:, 0]
+                alone = queries._replace(
+                    content=queries.content[:, rows], references=queries.references[:, rows]
+                )
+                states, _ = model.decoder(alone, memory, model.heads.predict_boxes)
+                assert torch.allclose(together[-1][i, rows], states[-1][i], atol=1e-5)
+
+
+# ------------------------------------------------ whole detectors
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_losses_reach_every_parameter(kind):
+    model = build(kind).train()
+    for boxes in ((2, 1), (0, 3), (0, 0), (30, 2)):
+        model.zero_grad()
+        losses = model([image(48, 64, i, count) for i, count in enumerate(boxes)])
+        names = {f"{place}loss_{part}" for place in ("", "d0.") for part in ("cls", "bbox", "iou")}
+        expected = names | {f"enc_loss_{part}" for part in ("cls", "bbox", "iou")}
+        if kind == "dino":
+            expected |= {name.replace("loss_", "dn_loss_") for name in names}
+        assert set(losses) == expected
+        sum(losses.values()).backward()
+        assert [name for name, p in model.named_parameters() if p.grad is None] == []
+        assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_losses_are_those_of_the_pure_set(kind):
+    """Noised queries, the encoder and evaluation mode change no loss of the matched queries."""
+    model = build(kind)
+    images = model.preprocess([image(48, 64), image(40, 50, 1)])
+    instances = [image(48, 64)["instances"], image(40, 50, 1)["instances"]]
+    memory = model.encode(images)
+    targets = model.build_targets(images, instances)
+    losses = model.losses(images, instances)
+    alone = model.criterion(*model.decode(memory), targets)
+    assert all(torch.allclose(losses[name], alone[name], rtol=1e-4) for name in alone)
+    model.eval()
+    again = model.losses(images, instances)
+    same = [name for name in losses if "dn_" not in name]
+    assert all(torch.allclose(losses[name], again[name], rtol=1e-5) for name in same)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_losses_do_not_see_the_padding(kind):
+    model = build(kind, denoising=None).train()
+    nn.init.zeros_(model.queries.transform.bias)  # nothing chooses the padding
+    one = model([image(40, 50)])
+    model.backbone.size_divisibility = 128
+    padded = model([image(40, 50)])
+    # all positions have a binary loss of classes, padding too; and positions made of references
+    # are relative to the first level with its padding
+    same = [n for n in one if n != "enc_loss_cls"] if kind == KINDS[0] else ["enc_loss_cls"]
+    same += ["enc_loss_bbox", "enc_loss_iou"]
+    assert all(torch.allclose(one[name], padded[name], rtol=1e-3) for name in same)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_without_masks_padding_is_part_of_the_image(kind):
+    model = build(kind, mask_padding=False, denoising=None).eval()
+    small = [image(40, 50)]
+    images = model.preprocess(small)
+    assert images.tensor.shape[2:] == (64, 64)
+    memory = model.encode(images)
+    assert not memory.padding.any()
+    assert (memory.valid_ratios == 1).all()
+    whole = ImageList(images.tensor, [(64, 64)])
+    with torch.no_grad():
+        logits, boxes = model.decode(memory)
+        found, expected = (model.select(logits[-1], boxes[-1], each)[0] for each in (images, whole))
+    assert found.image_size == (40, 50)
+    assert torch.equal(found.pred_boxes.tensor, expected.pred_boxes.tensor)
+    targets = model.build_targets(images, [small[0]["instances"]])
+    x0, y0, x1, y1 = small[0]["instances"].gt_boxes.tensor[0].tolist()
+    expected = [(x0 + x1) / 128, (y0 + y1) / 128, (x1 - x0) / 64, (y1 - y0) / 64]
+    assert targets.boxes[0, 0].tolist() == pytest.approx(expected, abs=1e-6)
+    losses = model.losses(images, [small[0]["instances"]])
+    padded = small[0]["instances"]
+    padded._image_size = (64, 64)
+    same = model.losses(whole, [padded])
+    assert all(torch.equal(losses[name], same[name]) for name in losses)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_checkpointed_layers_give_the_same_gradients(kind):
+    model = build(kind).train()
+    gradients = []
+    for switch in (False, True):
+        if switch:
+            assert enable_activation_checkpointing(model) == 4
+        model.zero_grad()
+        torch.manual_seed(1)
+        sum(model([image(48, 64)]).values()).backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*gradients))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(kind, dtype):
+    model = build(kind).train()
+    with torch.autocast("cpu", dtype=dtype):
+        losses = model([image(48, 64, boxes=3), image(40, 50, 1)])
+    assert all(loss.dtype == torch.float32 for loss in losses.values())
+    sum(losses.values()).backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("soft_nms_iou", [None, 0.5])
+def test_traced_inference_follows_other_sizes(kind, soft_nms_iou):
+    model = build(kind, soft_nms_iou=soft_nms_iou).eval()
+    plain = adapt(model).eval()
+    with torch.no_grad():
+        traced = torch.jit.trace(plain, image(64, 64)["image"], check_trace=False)
+        # the last one has fewer positions than queries
+        for size in ((40, 96), (33, 50), (128, 64), (8, 8)):
+            pixels = image(*size, seed=3, boxes=0)["image"]
+            for ours, theirs in zip(traced(pixels), plain(pixels)):
+                assert torch.allclose(ours, theirs, atol=1e-3)
+    assert "PythonOp" not in str(traced.inlined_graph)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_traced_transformer_takes_batches_of_other_sizes(kind):
+    model = build(kind).eval()
+
+    class Transformer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, images, sizes):
+            maps = [self.model.backbone(images)[name] for name in "abc"]
+            memory = self.model.encoder(maps, sizes, (images.shape[2], images.shape[3]))
+            return self.model.decode(memory, all_layers=False)
+
+    def inputs(batch, height, width):
+        sizes = torch.tensor([[height - 6.0, width - 20.0 * i] for i in range(batch)])
+        return torch.randn(batch, 3, height, width), sizes
+
+    with torch.no_grad():
+        traced = torch.jit.trace(Transformer(), inputs(1, 64, 96), check_trace=False)
+        for given in (inputs(2, 96, 64), inputs(1, 32, 160)):
+            for ours, theirs in zip(traced(*given), Transformer()(*given)):
+                assert torch.allclose(ours, theirs, atol=1e-4)
+
+
+# ------------------------------------------------ configs
+
+YAML = {
+    "deformable_detr_plus_plus": {
+        "FEEDFORWARD": 2048,
+        "DROPOUT": 0.0,
+        "BOX_REFINEMENT": True,
+        "LOOK_FORWARD_TWICE": True,
+        "TWO_STAGE": True,
+    }
+}
+YAML["dino"] = {
+    **YAML["deformable_detr_plus_plus"],
+    "POSITION_TEMPERATURE": 20.0,
+    "POSITION_OFFSET": 0.0,
+    "NUM_QUERIES": 900,
+    "BINARY_PROPOSALS": False,
+    "QUERY_POSITIONS": "references",
+    "FINAL_NORM": True,
+    "REFERENCE_EPS": 1e-3,
+    "CLASS_WEIGHT": 1.0,
+}
+DENOISING = {"dino": 100}
+
+
+def detr_node(kind):
+    node = get_cfg().MODEL.DETR
+    for key, value in YAML[kind].items():
+        node[key] = value
+    node.DENOISING.QUERIES = DENOISING.get(kind, 0)
+    return node
+
+
+def settings(module):
+    """Every plain attribute of a module and its parts."""
+    plain = (int, float, str, bool, type(None))
+    return {
+        f"{name}.{key}": value
+        for name, part in module.named_modules()
+        for key, value in vars(part).items()
+        if isinstance(value, plain) and key != "training"
+    }
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_both_kinds_of_config_build_the_same(kind):
+    node = getattr(detr, kind)(backbone=None, in_features="abcd")
+    with torch.device("meta"):
+        yaml = parts.transformer(detr_node(kind))
+        yaml["criterion"] = parts.criterion(detr_node(kind))
+        # the parts refer to the whole's number of classes
+        node.backbone = nn.Identity()
+        lazy = instantiate(node)
+    for name, part in yaml.items():
+        other = getattr(lazy, name)
+        if part is None:
+            assert other is None
+            continue
+        shapes = [{k: v.shape for k, v in each.state_dict().items()} for each in (part, other)]
+        assert shapes[0] == shapes[1]
+        assert settings(part) == settings(other)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("TRANSFORMER", "x", "TRANSFORMER is 'x'; expected one of deformable"),
+        ("QUERY_POSITIONS", "x", "QUERY_POSITIONS is 'x'; expected one of queries, references"),
+        ("QUERY_POSITIONS", "references", "set TWO_STAGE to True"),
+    ],
+)
+def test_mistakes(key, value, message):
+    node = get_cfg().MODEL.DETR
+    node[key] = value
+    with torch.device("meta"), pytest.raises(UserError, match=message):
+        parts.transformer(node)
+
+
+def test_denoising_takes_positions_of_references():
+    node = detr_node("deformable_detr_plus_plus")
+    node.DENOISING.QUERIES = 100
+    with torch.device("meta"), pytest.raises(UserError, match="QUERY_POSITIONS to references"):
+        parts.transformer(node)
+
+
+def test_unknown_class_loss():
+    node = get_cfg().MODEL.DETR
+    node.CLASS_LOSS = "x"
+    with pytest.raises(UserError, match="expected one of focal, quality_focal"):
+        parts.criterion(node)
