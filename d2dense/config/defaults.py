@@ -314,6 +314,10 @@ def _add_detr_keys(cfg: CN) -> None:
     cfg.MODEL.DETR.DENOISING = CN({"QUERIES": 0, "LABEL_NOISE": 0.5, "BOX_NOISE": 1.0})
     # whether padding is hidden, and boxes relative to the image without it,
     cfg.MODEL.DETR.MASK_PADDING = True
+    # height and width that batches are filled up to (0: what they need), and with what before
+    # images are normalised (None: zeros after it),
+    cfg.MODEL.DETR.SQUARE = 0
+    cfg.MODEL.DETR.PAD_VALUE = None
     # "focal", or "quality_focal" towards the IoU, the weights of the losses (those of boxes are the
     # matching cost's too), the weight of the class in the cost, and the focal loss and cost,
     cfg.MODEL.DETR.CLASS_LOSS = "focal"

@@ -17,6 +17,8 @@ from detectron2.modeling.postprocessing import detector_postprocess
 from detectron2.structures import ImageList, Instances
 from torch import Tensor, nn
 
+from d2dense.errors import UserError
+
 from . import parts
 from .criterion import DETRCriterion, mean_over_processes
 from .decoder import DeformableDecoder
@@ -51,6 +53,9 @@ class DeformableDETR(nn.Module):
         mask_padding: nobody sees the padding of a batch, and boxes are relative to the image; else
             padding is as good as the image, and boxes are relative to both together (Co-DETR's
             models with large-scale jitter)
+        square: all batches are filled up to this height and width; 0: to what they need
+        pad_value: what images are filled up with, before they are normalised; None: with zeros,
+            after
         pixel_mean, pixel_std: per channel, in the order of ``input_format``
     """
 
@@ -74,6 +79,8 @@ class DeformableDETR(nn.Module):
         soft_nms_iou: float | None = None,
         min_score: float = 1e-3,
         mask_padding: bool = True,
+        square: int = 0,
+        pad_value: float | None = None,
         input_format: str = "BGR",
     ):
         super().__init__()
@@ -91,6 +98,7 @@ class DeformableDETR(nn.Module):
             max_detections=max_detections, soft_nms_iou=soft_nms_iou, min_score=min_score
         )
         self.mask_padding = mask_padding
+        self.square, self.pad_value = square, pad_value
         self.input_format = input_format
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), False)
@@ -110,6 +118,8 @@ class DeformableDETR(nn.Module):
             "soft_nms_iou": node.SOFT_NMS.IOU if node.SOFT_NMS.ENABLED else None,
             "min_score": node.SOFT_NMS.MIN_SCORE,
             "mask_padding": node.MASK_PADDING,
+            "square": node.SQUARE,
+            "pad_value": node.PAD_VALUE,
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
             "pixel_std": cfg.MODEL.PIXEL_STD,
             "input_format": cfg.INPUT.FORMAT,
@@ -193,14 +203,33 @@ class DeformableDETR(nn.Module):
         return self.select(logits[-1], boxes[-1], images)
 
     def preprocess(self, batched_inputs: list[dict[str, Any]]) -> ImageList:
-        """Return the normalised images, filled up with zeros to one size."""
+        """Return the normalised images, filled up to one size.
+
+        Raises:
+            UserError: an image is larger than that.
+        """
         images = [each["image"].to(self.device) for each in batched_inputs]
-        images = [(each - self.pixel_mean) / self.pixel_std for each in images]
-        return ImageList.from_tensors(
+        constraints = dict(self.backbone.padding_constraints)
+        if self.square:
+            constraints["square_size"] = self.square
+            largest = max(side for each in images for side in each.shape[1:])
+            if largest > self.square:
+                raise UserError(
+                    f"an image has a side of {int(largest)} pixels, batches one of {self.square} "
+                    "(MODEL.DETR.SQUARE / model.square); resize to less (INPUT.MAX_SIZE_TEST / "
+                    "max_size of dataloader.test.mapper.augmentations) or set it to 0"
+                )
+        if self.pad_value is None:
+            images = [(each - self.pixel_mean) / self.pixel_std for each in images]
+        batch = ImageList.from_tensors(
             images,
             self.backbone.size_divisibility,
-            padding_constraints=self.backbone.padding_constraints,
+            pad_value=self.pad_value or 0.0,
+            padding_constraints=constraints,
         )
+        if self.pad_value is not None:
+            batch.tensor = (batch.tensor - self.pixel_mean) / self.pixel_std
+        return batch
 
     def encode(self, images: ImageList) -> Memory:
         """Return the encoded maps of all levels."""

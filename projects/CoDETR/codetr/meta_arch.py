@@ -177,6 +177,8 @@ class CoDETR(DeformableDETR):
             denoising=None,
             num_classes=self.num_classes,
             mask_padding=self.mask_padding,
+            square=self.square,
+            pad_value=self.pad_value,
             pixel_mean=self.pixel_mean.flatten().tolist(),
             pixel_std=self.pixel_std.flatten().tolist(),
             input_format=self.input_format,
