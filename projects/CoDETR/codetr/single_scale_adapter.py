@@ -22,19 +22,17 @@ class SingleScaleAdapter(nn.Module):
         channels: C
         finer, coarser: how many levels there are below and above the map; with 2 and 2 a map of
             stride 32 becomes strides 8 to 128
-        norm_groups: of the group norm
+        groups: of the norms
     """
 
-    def __init__(
-        self, *, channels: int = 256, finer: int = 2, coarser: int = 2, norm_groups: int = 32
-    ):
+    def __init__(self, *, channels: int = 256, finer: int = 2, coarser: int = 2, groups: int = 32):
         super().__init__()
 
         def conv(stride: int) -> nn.Sequential:
-            return nn.Sequential(
-                nn.Conv2d(channels, channels, 3, stride=stride, padding=1),
-                nn.GroupNorm(norm_groups, channels),
-            )
+            layer = nn.Conv2d(channels, channels, 3, stride=stride, padding=1)
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
+            return nn.Sequential(layer, nn.GroupNorm(groups, channels))
 
         self.upward = nn.ModuleList(conv(1) for _ in range(finer))
         self.downward = nn.ModuleList(conv(2) for _ in range(coarser))
