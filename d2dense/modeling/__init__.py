@@ -1,6 +1,6 @@
 """Modules of models that the projects share; importing it registers them."""
 
-from . import timm_pyramids  # noqa: F401  registers its backbones
+from . import pretraining, timm_pyramids  # noqa: F401  register sources and backbones
 from .batched_cascade import BatchedCascadeROIHeads
 from .box_regression import (
     BOX_LOSSES,

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from d2dense.modeling import EVA02ViT, Swin
 from d2dense.modeling.detr import ChannelMapper
 from d2dense.modeling.necks import SimplePyramid
+from d2dense.modeling.pretraining import eva02_name
 from d2dense.modeling.vit import rotary_table
 
 __all__ = ["constants", "names"]
@@ -44,12 +45,6 @@ def _renamer(module: nn.Module) -> Callable[[str], str]:
     raise ValueError(f"the official code has no counterpart of {type(module).__name__}")
 
 
-def _replaced(name: str, parts: dict[str, str]) -> str:
-    for ours, theirs in parts.items():
-        name = name.replace(ours, theirs)
-    return name
-
-
 # ------------------------------------------------ ResNet, under torchvision's names
 
 _RESNET = {
@@ -62,7 +57,9 @@ _RESNET = {
 
 
 def _resnet(name: str) -> str:
-    return _replaced(name, _RESNET)
+    for ours, theirs in _RESNET.items():
+        name = name.replace(ours, theirs)
+    return name
 
 
 def _batch_counts(module: ResNet) -> dict[str, Tensor]:
@@ -78,23 +75,9 @@ def _batch_counts(module: ResNet) -> dict[str, Tensor]:
 
 # ------------------------------------------------ EVA-02
 
-_VIT = {
-    "position_embedding": "pos_embed",
-    "patch_embed.": "patch_embed.proj.",
-    ".attn.attention.": ".attn.",
-    "q_proj.bias": "q_bias",
-    "v_proj.bias": "v_bias",
-    ".mlp.fc1_g.": ".mlp.w1.",
-    ".mlp.fc1_x.": ".mlp.w2.",
-    ".mlp.norm.": ".mlp.ffn_ln.",
-    ".mlp.fc2.": ".mlp.w3.",
-}
-
 
 def _vit(name: str) -> str:
-    if name.startswith("norm."):
-        return f"out_{name}"
-    return _replaced(name, _VIT)
+    return f"out_{name}" if name.startswith("norm.") else eva02_name(name)
 
 
 def _rotary_tables(module: EVA02ViT) -> dict[str, Tensor]:
