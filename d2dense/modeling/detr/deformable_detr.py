@@ -49,7 +49,7 @@ class DeformableDETR(nn.Module):
         heads: states and references -> logits and boxes
         criterion: logits, boxes and targets -> losses
         denoising: targets -> noised queries, in training
-        max_detections, soft_nms_iou, min_score: see :class:`Selection`
+        max_detections, soft_nms_iou, min_score, by_offset: see :class:`Selection`
         mask_padding: nobody sees the padding of a batch, and boxes are relative to the image; else
             padding is as good as the image, and boxes are relative to both together (Co-DETR's
             models with large-scale jitter)
@@ -78,6 +78,7 @@ class DeformableDETR(nn.Module):
         max_detections: int = 100,
         soft_nms_iou: float | None = None,
         min_score: float = 1e-3,
+        by_offset: bool = False,
         mask_padding: bool = True,
         square: int = 0,
         pad_value: float | None = None,
@@ -95,7 +96,10 @@ class DeformableDETR(nn.Module):
         self.denoising = denoising
         self.num_classes = num_classes
         self.selection = Selection(
-            max_detections=max_detections, soft_nms_iou=soft_nms_iou, min_score=min_score
+            max_detections=max_detections,
+            soft_nms_iou=soft_nms_iou,
+            min_score=min_score,
+            by_offset=by_offset,
         )
         self.mask_padding = mask_padding
         self.square, self.pad_value = square, pad_value
@@ -117,6 +121,7 @@ class DeformableDETR(nn.Module):
             "max_detections": node.MAX_DETECTIONS,
             "soft_nms_iou": node.SOFT_NMS.IOU if node.SOFT_NMS.ENABLED else None,
             "min_score": node.SOFT_NMS.MIN_SCORE,
+            "by_offset": node.SOFT_NMS.BY_OFFSET,
             "mask_padding": node.MASK_PADDING,
             "square": node.SQUARE,
             "pad_value": node.PAD_VALUE,
@@ -165,7 +170,9 @@ class DeformableDETR(nn.Module):
         start = queries if noised is None else noised.join(queries)
         logits, boxes = self.predict(start, memory)
         count = 0 if noised is None else noised.content.shape[1]
-        encoder = queries.proposals and self.queries.encoder_predictions(queries.proposals)
+        encoder = None
+        if queries.proposals is not None:
+            encoder = self.queries.encoder_predictions(queries.proposals)
         losses = self.criterion(logits[:, :, count:], boxes[:, :, count:], targets, encoder)
         if noised is not None:
             of_noised = self.criterion.known_losses(

@@ -24,7 +24,7 @@ class Selection:
         max_detections: per image
         soft_nms_iou: with :func:`soft_nms` at this IoU between boxes of a class, of as many pairs
             as there are queries; None: without
-        min_score: what :func:`soft_nms` leaves
+        min_score, by_offset: see :func:`soft_nms`
     """
 
     def __init__(
@@ -33,9 +33,10 @@ class Selection:
         max_detections: int = 100,
         soft_nms_iou: float | None = None,
         min_score: float = 1e-3,
+        by_offset: bool = False,
     ):
         self.max_detections = max_detections
-        self.soft_nms_iou, self.min_score = soft_nms_iou, min_score
+        self.soft_nms_iou, self.min_score, self.by_offset = soft_nms_iou, min_score, by_offset
 
     def __call__(
         self,
@@ -62,7 +63,12 @@ class Selection:
         classes = index % num_classes
         if self.soft_nms_iou is not None:
             scores = soft_nms(
-                boxes, scores, classes, iou=self.soft_nms_iou, min_score=self.min_score
+                boxes,
+                scores,
+                classes,
+                iou=self.soft_nms_iou,
+                min_score=self.min_score,
+                by_offset=self.by_offset,
             )
             scores, order = scores.topk(min(self.max_detections, scores.shape[1]), dim=1)
             boxes = boxes.gather(1, order[..., None].expand(-1, -1, 4))

@@ -44,16 +44,27 @@ def _decay(scores: Tensor, decay: Tensor, min_score: float) -> Tensor:
 
 
 def soft_nms(
-    boxes: Tensor, scores: Tensor, classes: Tensor, *, iou: float = 0.8, min_score: float = 1e-3
+    boxes: Tensor,
+    scores: Tensor,
+    classes: Tensor,
+    *,
+    iou: float = 0.8,
+    min_score: float = 1e-3,
+    by_offset: bool = False,
 ) -> Tensor:
     """Return new scores ``(N, M)``: each box that is kept multiplies those of its class that
     overlap it by at least ``iou`` and have a lower score by 1 - IoU; 0 below ``min_score``.
 
     Args:
-        boxes: ``(N, M, 4)``, xyxy
+        boxes: ``(N, M, 4)``, xyxy in pixels, not negative
         scores, classes: ``(N, M)``
+        by_offset: keep classes apart as MMDetection does, by moving each to a place of its own,
+            where single precision rounds coordinates
     """
-    overlap = box_iou(boxes, boxes)
+    places = boxes
+    if by_offset:
+        places = boxes + (classes * (boxes.flatten(1).amax(dim=1)[:, None] + 1))[..., None]
+    overlap = box_iou(places, places)
     others = ~torch.eye(boxes.shape[1], dtype=torch.bool, device=boxes.device)
     near = (overlap >= iou) & (classes[:, None, :] == classes[:, :, None]) & others
     decay = torch.where(near, 1 - overlap, torch.ones_like(overlap))

@@ -36,13 +36,14 @@ def candidates(images, count, classes=3, seed=0):
 
 
 @needs_recording
+@pytest.mark.parametrize("by_offset", [False, True])
 @pytest.mark.parametrize(("name", "iou"), [("softnms", 0.8), ("softnms05", 0.5)])
-def test_the_recorded_suppression(name, iou):
+def test_the_recorded_suppression(name, iou, by_offset):
     units = np.load(recorded.UNITS)
     boxes, scores, labels = (
         torch.from_numpy(units[f"nms_in_{part}"])[None] for part in ("box", "score", "label")
     )
-    found = soft_nms(boxes, scores, labels, iou=iou)[0]
+    found = soft_nms(boxes, scores, labels, iou=iou, by_offset=by_offset)[0]
     order = found.argsort(descending=True)[: int((found > 0).sum())]
     assert order.tolist() == units[f"{name}_keep"].tolist()
     assert recorded.error(found[order], units[f"{name}_dets"][:, 4]) < 1e-6
@@ -65,6 +66,20 @@ def test_soft_suppression_by_loop(iou, classes):
     for i in range(2):
         expected = by_loop(boxes[i], scores[i], labels[i], iou, 0.01)
         assert torch.allclose(found[i].double(), expected, atol=1e-6)
+
+
+def test_classes_apart_by_offset():
+    boxes, scores, labels = candidates(2, 60, 40)
+    found = soft_nms(boxes, scores, labels, iou=0.6, min_score=0.01, by_offset=True)
+    for i in range(2):
+        # in double precision, offsets change nothing but coordinates rounded to single ones
+        offset = labels[i] * (boxes[i].max() + 1)
+        moved = (boxes[i] + offset[:, None]).double()
+        expected = by_loop(moved, scores[i], labels[i] * 0, 0.6, 0.01)
+        assert torch.allclose(found[i].double(), expected, atol=1e-5)
+    exact = soft_nms(boxes, scores, labels, iou=0.6, min_score=0.01)
+    assert not torch.allclose(found, exact, atol=1e-7)
+    assert torch.allclose(found, exact, atol=1e-3)
 
 
 def test_equal_scores_and_equal_boxes():

@@ -394,10 +394,31 @@ def test_autocast(kind, dtype):
     assert all(torch.isfinite(p.grad).all() for p in model.parameters())
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("soft_nms_iou", [None, 0.5])
-def test_traced_inference_follows_other_sizes(kind, soft_nms_iou):
-    model = build(kind, soft_nms_iou=soft_nms_iou).eval()
+def test_padding_of_a_value_before_normalisation():
+    model = build("dino", pad_value=114.0, square=128)
+    model.pixel_mean[:] = torch.tensor([100.0, 110, 120]).view(3, 1, 1)
+    model.pixel_std[:] = 2.0
+    given = image(40, 50)
+    found = model.preprocess([given])
+    assert found.tensor.shape == (1, 3, 128, 128)
+    assert found.image_sizes == [(40, 50)]
+    assert found.tensor[0, :, 100, 100].tolist() == [7.0, 2.0, -3.0]
+    inside = (given["image"] - model.pixel_mean) / model.pixel_std
+    assert torch.allclose(found.tensor[0, :, :40, :50], inside)
+    model.pad_value = None
+    assert not model.preprocess([given]).tensor[0, :, 40:].any()
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("deformable_detr_plus_plus", {}),
+        ("dino", {"soft_nms_iou": 0.5, "by_offset": True}),
+        ("dino", {"soft_nms_iou": 0.5, "mask_padding": False, "pad_value": 9.0}),
+    ],
+)
+def test_traced_inference_follows_other_sizes(kind, changes):
+    model = build(kind, **changes).eval()
     plain = adapt(model).eval()
     with torch.no_grad():
         traced = torch.jit.trace(plain, image(64, 64)["image"], check_trace=False)
