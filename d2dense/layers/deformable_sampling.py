@@ -49,30 +49,17 @@ def sample_by_grid(value: Tensor, shapes: Shapes, locations: Tensor, weights: Te
     operators only. Levels are added up one by one, so only one level's samples exist at a time
     unless autograd keeps them.
     """
-    n, _, m, d = value.shape
-    q = locations.shape[1]
-    maps, grids = _heads_first(value), _as_grid(locations)
-    shares = weights.transpose(1, 2).flatten(0, 1)[:, None]  # (N M, 1, Q, L, P)
+    n, _, m, _ = value.shape
+    # heads become images by cat: merging two dynamic sizes stops torch.export
+    maps = torch.cat(value.permute(2, 0, 3, 1).unbind())  # (M N, D, S)
+    grids = torch.cat((2 * locations - 1).unbind(dim=2))
+    shares = torch.cat(weights.unbind(dim=2))[:, None]  # (M N, 1, Q, L, P)
     total = value.new_zeros(1)
     for level, (start, height, width) in enumerate(_spans(shapes)):
         image = maps[:, :, start : start + height * width].unflatten(2, (height, width))
-        samples = _read(image, grids[:, :, level])
+        samples = F.grid_sample(image, grids[:, :, level], align_corners=False)
         total = total + (samples * shares[..., level, :]).sum(dim=-1)
-    return total.reshape(n, m * d, q).transpose(1, 2)
-
-
-def _heads_first(value: Tensor) -> Tensor:
-    """``(N, S, M, D)`` -> ``(N M, D, S)``."""
-    return value.permute(0, 2, 3, 1).flatten(0, 1)
-
-
-def _as_grid(locations: Tensor) -> Tensor:
-    """Relative positions -> ``grid_sample``'s, from -1 to 1, ``(N M, Q, L, P, 2)``."""
-    return (2 * locations - 1).transpose(1, 2).flatten(0, 1)
-
-
-def _read(image: Tensor, grid: Tensor) -> Tensor:
-    return F.grid_sample(image, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+    return torch.cat(total.view(m, n, *total.shape[1:]).unbind(), dim=1).transpose(1, 2)
 
 
 def _spans(shapes: Shapes) -> Iterator[tuple[int, int, int]]:
