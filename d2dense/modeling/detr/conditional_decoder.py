@@ -151,11 +151,7 @@ class ConditionalDecoder(nn.Module):
             memory: with ``positions``
             predict_boxes: layer, its state without the last norm, references -> boxes cxcywh
         """
-        if memory.positions is None:
-            raise UserError(
-                "a conditional decoder compares positions, which this encoder does not hand on; "
-                "take SingleScaleEncoder"
-            )
+        self._check(queries, memory)
         content, references = queries.content, queries.references
         start = references
         states, starts = [], []
@@ -176,6 +172,20 @@ class ConditionalDecoder(nn.Module):
                 references = boxes.detach()
                 start = boxes if self.look_forward_twice else references
         return states, starts
+
+    def _check(self, queries: Queries, memory: Memory) -> None:
+        if memory.positions is None:
+            raise UserError(
+                "a conditional decoder compares positions, which this encoder does not hand on; "
+                "take SingleScaleEncoder"
+            )
+        expected, found = 4 if self.anchors else 2, queries.references.shape[2]
+        if found != expected:
+            raise UserError(
+                f"queries have references of {found} numbers; a conditional decoder takes boxes "
+                "with anchors, points without: match AnchorQueries or PointQueries, and points of "
+                f"PositiveQueries, to anchors={self.anchors}"
+            )
 
     def _modulated(self, spatial: Tensor, content: Tensor, boxes: Tensor) -> Tensor:
         """Return ``spatial`` with each axis times (side that the content asks for) / (side of the

@@ -220,3 +220,10 @@ def test_memory_without_positions():
     start = Queries(torch.zeros(2, 5, C), rows(2, 5, C), torch.rand(2, 5, 2))
     with pytest.raises(UserError, match="SingleScaleEncoder"):
         decoder()(start, memory()._replace(positions=None), None)
+
+
+@pytest.mark.parametrize("anchors", [False, True])
+def test_references_of_the_other_kind(anchors):
+    wrong = Queries(torch.zeros(2, 5, C), rows(2, 5, C), torch.rand(2, 5, 2 if anchors else 4))
+    with pytest.raises(UserError, match=f"of {2 if anchors else 4} numbers"):
+        decoder(anchors=anchors)(wrong, memory(), heads().predict_boxes)
