@@ -193,7 +193,14 @@ class FasterRCNNHead(AuxiliaryHead):
         regions = self.sample(proposals, objects)
         pooled = self.pool(maps, regions.boxes)
         losses.update(self.region_losses(*self.predict(pooled), regions))
+        losses.update(self.further_losses(maps, regions, instances))
         return losses, self._candidates(pooled, regions)
+
+    def further_losses(
+        self, maps: Sequence[Tensor], regions: SampledRegions, instances: Sequence[Instances]
+    ) -> dict[str, Tensor]:
+        """Return the losses of further branches on the sampled regions; here there are none."""
+        return {}
 
     @torch.no_grad()
     def sample(self, proposals: Proposals, objects: Objects) -> SampledRegions:
