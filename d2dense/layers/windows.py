@@ -5,6 +5,7 @@ Letters: N images, H and W height and width of a map, C channels, B windows of a
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -14,6 +15,8 @@ __all__ = ["join_windows", "padded_to_multiple", "split_windows"]
 def padded_to_multiple(x: Tensor, side: int) -> Tensor:
     """Fill up ``(N, H, W, C)`` with zeros at the right and the bottom to multiples of ``side``."""
     h, w = x.shape[1], x.shape[2]
+    if not torch.jit.is_tracing() and h % side == 0 and w % side == 0:
+        return x  # filling up by nothing copies
     return F.pad(x, (0, 0, 0, (side - w % side) % side, 0, (side - h % side) % side))
 
 

@@ -165,9 +165,8 @@ class EVA02ViT(Backbone):
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """Return the map of normalised images ``(N, 3, height, width)`` by name."""
-        h, w, side = x.shape[2], x.shape[3], self.patch
-        x = F.pad(x, (0, (side - w % side) % side, 0, (side - h % side) % side))
-        x = self.patch_embed(x).permute(0, 2, 3, 1)
+        x = padded_to_multiple(x.permute(0, 2, 3, 1), self.patch).permute(0, 3, 1, 2)
+        x = self.patch_embed(x).permute(0, 2, 3, 1).contiguous()  # or every norm would copy it
         h, w = x.shape[1], x.shape[2]
         x = x + self._positions(h, w)
         table = partial(rotary_table, channels=self.head_channels, like=x)
