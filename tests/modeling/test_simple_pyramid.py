@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from detectron2.layers import ShapeSpec
+from detectron2.structures import Boxes, Instances
 from torch import nn
 
 from d2dense import config
@@ -98,3 +99,49 @@ def test_some_levels_only_and_config():
 def test_unknown_levels_are_refused(levels):
     with pytest.raises(UserError, match="p2, p3, p4, p5, p6"):
         SimplePyramid(levels=levels)
+
+
+def test_a_trace_is_right_at_other_sizes():
+    pyramid = tiny()
+    traced = torch.jit.trace(lambda x: tuple(pyramid([x])), torch.randn(1, 16, 4, 4))
+    for size in [(4, 6), (5, 7)]:
+        x = torch.randn(2, 16, *size)
+        for found, expected in zip(traced(x), pyramid([x])):
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_transformer_under_the_pyramid_detects_and_trains():
+    cfg = config.get_cfg()
+    settings = {
+        "MODEL.META_ARCHITECTURE": "DeformableDETR",
+        "MODEL.DEVICE": "cpu",
+        "MODEL.BACKBONE.NAME": "EVA02ViT",
+        "MODEL.VIT.CHANNELS": 16,
+        "MODEL.VIT.DEPTH": 2,
+        "MODEL.VIT.HEADS": 2,
+        "MODEL.VIT.WINDOW": 3,
+        "MODEL.VIT.GLOBAL_BLOCKS": (1,),
+        "MODEL.VIT.POSITION_SIDE": 4,
+        "MODEL.DETR.IN_FEATURES": ["res4"],
+        "MODEL.DETR.NECK": "simple_pyramid",
+        "MODEL.DETR.LEVELS": 5,
+        "MODEL.DETR.CHANNELS": 32,
+        "MODEL.DETR.ENCODER_LAYERS": 1,
+        "MODEL.DETR.DECODER_LAYERS": 1,
+        "MODEL.DETR.NUM_QUERIES": 5,
+        "MODEL.DETR.NUM_CLASSES": 3,
+    }
+    cfg.merge_from_list([each for pair in settings.items() for each in pair])
+    torch.manual_seed(0)
+    model = config.build_model(cfg)
+    batch = []
+    for size in [(50, 71), (64, 33)]:
+        instances = Instances(size, gt_boxes=Boxes(torch.tensor([[3.0, 4.0, 30.0, 40.0]])))
+        instances.gt_classes = torch.tensor([1])
+        batch.append({"image": torch.randint(256, (3, *size)), "instances": instances})
+    model.train()
+    sum(model(batch).values()).backward()
+    assert [n for n, p in model.named_parameters() if p.grad is None] == []
+    for found, given in zip(model.eval()(batch), batch):
+        assert found["instances"].image_size == given["instances"].image_size
+        assert len(found["instances"]) == 15
