@@ -18,6 +18,7 @@ from torchvision.ops import box_convert
 from d2dense.errors import UserError
 from d2dense.modeling.box_regression import giou_loss
 
+from .federated import FederatedClasses
 from .matcher import HungarianMatcher, Matches
 from .proposals import EncoderPredictions
 from .targets import Targets
@@ -78,6 +79,7 @@ class DETRCriterion(nn.Module):
         class_loss: "focal", or "quality_focal", whose target is the IoU of the box
         alpha: of the focal loss
         gamma: of either
+        federated: chooses the classes that count in each set of predictions; None: all
     """
 
     def __init__(
@@ -91,6 +93,7 @@ class DETRCriterion(nn.Module):
         class_loss: str = "focal",
         alpha: float = 0.25,
         gamma: float = 2.0,
+        federated: FederatedClasses | None = None,
     ):
         super().__init__()
         if class_loss not in CLASS_LOSSES:
@@ -102,6 +105,7 @@ class DETRCriterion(nn.Module):
         self.num_classes = num_classes
         self.class_weight, self.l1_weight, self.giou_weight = class_weight, l1_weight, giou_weight
         self.class_loss, self.alpha, self.gamma = class_loss, alpha, gamma
+        self.federated = federated
 
     def forward(
         self,
@@ -207,6 +211,8 @@ class DETRCriterion(nn.Module):
         else:
             quality = one_hot * aligned_iou(boxes.detach(), targets)[..., None]
             loss = quality_focal_loss(logits, quality, gamma=self.gamma)
+        if self.federated is not None:
+            loss = loss * self.federated((one_hot > 0).flatten(0, -2).any(dim=0))
         return loss.sum(dim=-1)
 
 
