@@ -6,6 +6,8 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
+from d2dense.errors import UserError
+
 __all__ = ["FeedForward", "perceptron", "xavier_matrices"]
 
 _ACTIVATIONS = {"relu": nn.ReLU, "prelu": nn.PReLU}
@@ -25,6 +27,8 @@ class FeedForward(nn.Module):
         self, *, channels: int, hidden: int, dropout: float = 0.0, activation: str = "relu"
     ):
         super().__init__()
+        if activation not in _ACTIVATIONS:
+            raise UserError(f"activation {activation!r}; expected one of {', '.join(_ACTIVATIONS)}")
         self.linear1 = nn.Linear(channels, hidden)
         self.activation = _ACTIVATIONS[activation]()
         self.linear2 = nn.Linear(hidden, channels)

@@ -178,6 +178,23 @@ def test_traced_transformer_takes_batches_of_other_sizes(kind):
     assert "PythonOp" not in str(traced.inlined_graph)
 
 
+@pytest.mark.long
+@both
+def test_exported_transformer_takes_other_sizes(kind):
+    model = Transformer(build(kind).eval())
+    rows, columns = (32 * torch.export.Dim(name, min=2, max=16) for name in ("rows", "columns"))
+    program = torch.export.export(
+        model,
+        (torch.randn(2, 3, 96, 64), torch.tensor([[90.0, 60.0]] * 2)),
+        dynamic_shapes=({2: rows, 3: columns}, None),
+        strict=False,
+    )
+    other = torch.randn(2, 3, 64, 160), torch.tensor([[64.0, 130.0], [50.0, 160.0]])
+    with torch.no_grad():
+        for ours, theirs in zip(program.module()(*other), model(*other)):
+            assert torch.allclose(ours, theirs, atol=1e-4)
+
+
 @both
 def test_checkpointed_layers_give_the_same_gradients(kind):
     model = build(kind, dropout=0.1).train()
