@@ -6,10 +6,12 @@ Letters: N images, C channels, A candidates, F feature rows, K classes, Hl and W
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 from detectron2.structures import Instances
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 __all__ = ["AuxiliaryHead", "Candidates"]
 
@@ -42,6 +44,15 @@ class AuxiliaryHead(nn.Module):
     """
 
     strides: tuple[int, ...]
+
+    def predict(self, *inputs):
+        """Return raw outputs; what takes the memory in training."""
+        raise NotImplementedError
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Let :meth:`predict` be computed a second time in backward, for less memory."""
+        own = type(self).predict.__get__(self)
+        self.predict = partial(checkpoint, own, use_reentrant=False) if enable else own
 
     def losses(
         self, maps: Sequence[Tensor], instances: Sequence[Instances]

@@ -16,6 +16,7 @@ from detectron2.structures import ImageList, Instances
 from torch import Tensor, nn
 
 from d2dense.errors import UserError
+from d2dense.export import adapt, register_adapter
 from d2dense.modeling.detr import DeformableDETR, Memory, Targets
 
 from . import parts
@@ -185,6 +186,9 @@ class CoDETR(DeformableDETR):
         )
         model.selection = self.selection
         return model.to(self.device).train(self.training)
+
+
+register_adapter(CoDETR, lambda model: adapt(model.inference_model()))
 
 
 def _framed(
