@@ -61,6 +61,8 @@ class Selection:
         boxes = box_convert(boxes, "cxcywh", "xyxy").gather(1, query) * sizes
         boxes = torch.minimum(boxes.clamp(min=0), sizes)
         classes = index % num_classes
+        if scores.is_meta:  # costs are counted without values, on which the rest depends
+            return _instances(boxes, scores, classes, image_sizes)
         if self.soft_nms_iou is not None:
             scores = soft_nms(
                 boxes,
@@ -73,11 +75,14 @@ class Selection:
             scores, order = scores.topk(min(self.max_detections, scores.shape[1]), dim=1)
             boxes = boxes.gather(1, order[..., None].expand(-1, -1, 4))
             classes = classes.gather(1, order)
-        results = []
-        for i, size in enumerate(image_sizes):
-            found = Instances(size)
-            found.pred_boxes = Boxes(boxes[i])
-            found.scores = scores[i]
-            found.pred_classes = classes[i]
-            results.append(found[scores[i] > 0])
-        return results
+        found = _instances(boxes, scores, classes, image_sizes)
+        return [each[each.scores > 0] for each in found]
+
+
+def _instances(
+    boxes: Tensor, scores: Tensor, classes: Tensor, image_sizes: Sequence[tuple[int, int]]
+) -> list[Instances]:
+    return [
+        Instances(size, pred_boxes=Boxes(boxes[i]), scores=scores[i], pred_classes=classes[i])
+        for i, size in enumerate(image_sizes)
+    ]

@@ -431,6 +431,15 @@ def test_traced_inference_follows_other_sizes(kind, changes):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_meta_device(kind):
+    """Costs are counted there."""
+    with torch.device("meta"):
+        model = build(kind, soft_nms_iou=0.8).eval()
+    found = model.inference([{"image": torch.empty(3, 64, 64, device="meta")}], False)
+    assert found[0].scores.shape == (7,)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_traced_transformer_takes_batches_of_other_sizes(kind):
     model = build(kind).eval()
 
