@@ -123,7 +123,8 @@ def crop_masks(instances: Instances, index: Tensor, boxes: Tensor, side: int) ->
     if not instances.has("gt_masks"):
         raise UserError(
             "the auxiliary head mask_rcnn needs masks, and the objects have none; load them "
-            "(MODEL.MASK_ON True) or use faster_rcnn"
+            "(MODEL.MASK_ON True, in lazy configs dataloader.train.mapper.use_instance_mask=true) "
+            "or use faster_rcnn"
         )
     masks = instances.gt_masks
     if not isinstance(masks, BitMasks):
