@@ -77,8 +77,8 @@ def _swin(model: nn.Module, names: Collection[str]) -> Correspondence:
     own = (name for name in backbone.state_dict() if not name.startswith("norm"))
     return Correspondence(
         names={path + name: _timm_swin_name(name) if timm else name for name in own},
-        unused=r"(norm|head)\.|.*\.attn_mask$",
-        fresh=rf"(?!{re.escape(path)})|{re.escape(path)}norm\d|.*\.relative_position_index$",
+        unused=r"(norm|head)\.|.*\.(attn_mask|relative_position_index)$",
+        fresh=rf"(?!{re.escape(path)})|{re.escape(path)}norm\d",
     )
 
 

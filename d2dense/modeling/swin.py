@@ -157,6 +157,9 @@ class SwinBlock(SwinTransformerBlock):
 
     def __init__(self, channels: int, *, heads: int, window: int, shift: int, drop_path: float):
         super().__init__(channels, heads, window_size=window, shift_size=shift)
+        # computed, so no part of checkpoints
+        index = self.attn.relative_position_index
+        self.attn.register_buffer("relative_position_index", index, persistent=False)
         if drop_path > 0:
             from timm.layers import DropPath
 

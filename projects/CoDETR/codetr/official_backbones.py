@@ -35,6 +35,8 @@ def constants(module: nn.Module) -> dict[str, Tensor]:
         return _batch_counts(module)
     if isinstance(module, EVA02ViT):
         return _rotary_tables(module)
+    if isinstance(module, Swin):
+        return {k: v for k, v in module.named_buffers() if k.endswith("relative_position_index")}
     return {}
 
 
