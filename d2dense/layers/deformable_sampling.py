@@ -74,5 +74,5 @@ def _is_exported() -> bool:
     """Return whether what runs is recorded for use without this library."""
     if torch.jit.is_tracing() or torch.jit.is_scripting():
         return True
-    is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
-    return is_exporting()
+    # the public is_exporting is True under torch.compile too
+    return getattr(torch.compiler, "_is_exporting_flag", torch.compiler.is_compiling())

@@ -11,20 +11,11 @@ from torch import nn
 from d2dense.errors import UserError
 from d2dense.layers import MultiScaleDeformableAttention, deformable_sampling
 from d2dense.layers.deformable_sampling import sample_by_grid
+from tests.layers.deformable_cases import ODD, case
 from tests.projects.cednet.golden import REFERENCE
 
 UNITS = REFERENCE / "golden" / "codetr" / "units.npz"
 PATHS = {"cpu": deformable_sampling, "grid": sample_by_grid}
-ODD = ((7, 5), (1, 3), (4, 1))
-
-
-def case(shapes, n=2, q=6, heads=2, width=3, points=2, *, spread=1.6, dtype=torch.float64):
-    """Random arguments of the sampling; some points lie outside."""
-    size = sum(h * w for h, w in shapes)
-    value = torch.randn(n, size, heads, width, dtype=dtype)
-    locations = (torch.rand(n, q, heads, len(shapes), points, 2, dtype=dtype) - 0.5) * spread + 0.5
-    weights = torch.randn(n, q, heads, len(shapes), points, dtype=dtype)
-    return value, shapes, locations, weights
 
 
 def by_loop(value, shapes, locations, weights):
