@@ -50,6 +50,7 @@ def _add_region_keys(node: CN) -> None:
     node.RPN.TEST_CANDIDATES = 1000
     node.RPN.TEST_PROPOSALS = 1000
     node.RPN.NMS_THRESHOLD = 0.7
+    node.RPN.TEST_NMS_THRESHOLD = None  # None: the same
     # Faster R-CNN: how many maps it pools from, its convolutions and linear layers, whether all
     # classes share a box, the box coder, regions with a loss, and detection.
     node.RCNN = CN({"LEVELS": 4, "CONVS": 0, "FCS": 2, "HIDDEN": 1024, "CLASS_AGNOSTIC": False})

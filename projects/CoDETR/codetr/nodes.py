@@ -30,6 +30,8 @@ __all__ = [
     "Body",
     "co_deformable_detr",
     "co_dino",
+    "co_dino_vit_large",
+    "co_dino_vit_large_lvis",
     "collaborative",
     "conditional_detr",
     "dab_detr",
@@ -227,3 +229,28 @@ def co_dino(body: Body | None = None, *names: str, **settings) -> DictConfig:
 def dino_with_heads(body: Body | None = None, *names: str, **settings) -> DictConfig:
     """Return DINO with auxiliary heads and its own loss (Table 3)."""
     return collaborative(dino(body, **settings), *names, positions=False, features=False)
+
+
+def _large_vit(node: DictConfig) -> DictConfig:
+    """Set what the models on ViT-L have in common."""
+    node.denoising.update(num_queries=300, box_noise=0.4)
+    node.max_detections = 1000
+    node.auxiliary_heads[0].rpn.update(test_candidates=8000, test_proposals=2000, test_nms_threshold=0.9)
+    return node
+
+
+def co_dino_vit_large(**settings) -> DictConfig:
+    """Return the model for COCO, after Objects365."""
+    node = _large_vit(co_dino(vit_large(), num_queries=1500, **settings))
+    node.auxiliary_heads[0].update(convs=4, fcs=1, class_agnostic=True, stds=[0.05, 0.05, 0.1, 0.1])
+    return node
+
+
+def co_dino_vit_large_lvis() -> DictConfig:
+    """Return the model for LVIS, after Objects365, on squares of 1536 pixels."""
+    body = vit_large(
+        window=16, global_blocks=list(range(2, 24, 3)), rotary_side=96, drop_path_rate=0.3
+    )
+    node = _large_vit(co_dino(body, num_classes=1203))
+    node.mask_padding = False
+    return node

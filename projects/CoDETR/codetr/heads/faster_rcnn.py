@@ -141,6 +141,7 @@ class FasterRCNNHead(AuxiliaryHead):
                 test_candidates=rpn.TEST_CANDIDATES,
                 test_proposals=rpn.TEST_PROPOSALS,
                 nms_threshold=rpn.NMS_THRESHOLD,
+                test_nms_threshold=rpn.TEST_NMS_THRESHOLD,
             ),
             "channels": channels,
             "strides": strides,

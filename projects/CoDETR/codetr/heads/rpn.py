@@ -59,6 +59,7 @@ class ProposalNetwork(nn.Module):
         train_candidates, test_candidates: per level, by score
         train_proposals, test_proposals: P, what remains after suppression within each level
         nms_threshold: IoU of the suppression
+        test_nms_threshold: in tests; None: the same
     """
 
     def __init__(
@@ -80,6 +81,7 @@ class ProposalNetwork(nn.Module):
         test_candidates: int = 1000,
         test_proposals: int = 1000,
         nms_threshold: float = 0.7,
+        test_nms_threshold: float | None = None,
     ):
         super().__init__()
         self.strides = tuple(strides)
@@ -94,9 +96,10 @@ class ProposalNetwork(nn.Module):
         )
         self.coder = BoxCoder()
         self.class_weight, self.box_weight = class_weight, box_weight
-        self.train_limits = (train_candidates, train_proposals)
-        self.test_limits = (test_candidates, test_proposals)
-        self.nms_threshold = nms_threshold
+        if test_nms_threshold is None:
+            test_nms_threshold = nms_threshold
+        self.train_limits = (train_candidates, train_proposals, nms_threshold)
+        self.test_limits = (test_candidates, test_proposals, test_nms_threshold)
 
     def predict(self, maps: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """Return logits ``(N, 9, Hl, Wl)`` and deltas ``(N, 36, Hl, Wl)`` of all levels."""
@@ -155,6 +158,7 @@ class ProposalNetwork(nn.Module):
         limits: Tensor,
         candidates: int,
         proposals: int,
+        nms_threshold: float,
     ) -> Proposals:
         """Choose by score in each level, clip, drop what is empty, suppress, choose again; the
         suppression is the one wait for the device.
@@ -175,7 +179,7 @@ class ProposalNetwork(nn.Module):
         image = torch.arange(images, device=scores.device)[:, None]
         group = image * len(anchors) + torch.cat(levels, dim=1)
         keep = batched_nms(
-            boxes.flatten(0, 1), scores.flatten(), group.flatten(), self.nms_threshold
+            boxes.flatten(0, 1), scores.flatten(), group.flatten(), nms_threshold
         )
         # the rank of each kept box within its image
         owner = (keep // count)[:, None] == image[:, 0]

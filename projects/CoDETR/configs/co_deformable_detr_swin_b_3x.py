@@ -1,0 +1,13 @@
+"""Co-Deformable-DETR on Swin-B, 36 epochs.
+
+Set ``train.init_checkpoint`` to the ImageNet-22k weights of the Swin at 384 pixels.
+"""
+
+from codetr import nodes
+
+from .common.recipes import adamw, coco, schedule
+
+model = nodes.co_deformable_detr(nodes.swin("base", drop_path=0.4))
+dataloader = coco()
+optimizer = adamw(weight_decay=0.05, slower=("backbone", "sampling_offsets"))
+train, lr_multiplier = schedule(36, 30, init="")

@@ -1,0 +1,13 @@
+"""Co-DINO on Swin-L, 24 epochs (Table 4).
+
+Set ``train.init_checkpoint`` to the ImageNet-22k weights of the Swin at 384 pixels.
+"""
+
+from codetr import nodes
+
+from .common.recipes import adamw, coco, schedule
+
+model = nodes.co_dino(nodes.swin("large", drop_path=0.5))
+dataloader = coco()
+optimizer = adamw()
+train, lr_multiplier = schedule(24, 20, init="")

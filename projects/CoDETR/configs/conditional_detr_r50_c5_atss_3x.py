@@ -1,0 +1,7 @@
+"""Conditional DETR with ATSS beside it, 36 epochs (Table 2, K = 1)."""
+
+from codetr import nodes
+
+from .conditional_detr_r50_c5_3x import dataloader, lr_multiplier, model, optimizer, train
+
+nodes.collaborative(model, "atss", points=True)

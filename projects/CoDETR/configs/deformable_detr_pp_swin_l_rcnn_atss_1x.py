@@ -1,0 +1,7 @@
+"""Deformable-DETR++ on Swin-L with Faster R-CNN and ATSS beside it (Table 3, K = 2)."""
+
+from codetr import nodes
+
+from .deformable_detr_pp_swin_l_1x import dataloader, lr_multiplier, model, optimizer, train
+
+nodes.collaborative(model, "faster_rcnn", "atss")

@@ -1,0 +1,7 @@
+"""Deformable DETR with ATSS beside it, 12 epochs (Table 2, K = 1)."""
+
+from codetr import nodes
+
+from .deformable_detr_r50_1x import dataloader, lr_multiplier, model, optimizer, train
+
+nodes.collaborative(model, "atss")

@@ -1,0 +1,7 @@
+"""Deformable DETR with ATSS beside it, 36 epochs (Table 2, K = 1)."""
+
+from codetr import nodes
+
+from .deformable_detr_r50_3x import dataloader, lr_multiplier, model, optimizer, train
+
+nodes.collaborative(model, "atss")
