@@ -6,7 +6,13 @@
 | ``gradients`` | which pixels the loss depends on |
 | ``areas`` | how large the regions are that it depends on |
 | ``fusion`` | how early a backbone fuses features of several scales |
+| ``discriminability`` | how much stronger features are on objects than elsewhere |
+| ``attention_maps`` | where the queries that get an object look |
+| ``instability`` | how often queries change their objects from checkpoint to checkpoint |
+| ``head_distance`` | how differently the heads of a detector look at the same features |
+| ``query_distance`` | how far queries are from what auxiliary heads assign to their objects |
 
-The measures are those of appendix B and section 3 of the CEDNet paper (arXiv 2302.06052), which
-leaves several choices open; each module says what was chosen.
+The measures are those of the CEDNet paper (arXiv 2302.06052, appendix B and section 3), and from
+``discriminability`` on those of the Co-DETR paper (arXiv 2211.12860). Both leave several choices
+open; each module says what was chosen.
 """

@@ -17,6 +17,7 @@ __all__ = [
     "add_run",
     "at_least_one",
     "custom_dataset",
+    "exactly_one",
     "open_detectors",
     "per_config",
 ]
@@ -117,3 +118,9 @@ def at_least_one(args: argparse.Namespace, *flags: str) -> None:
         value = getattr(args, flag)
         if value is not None and value < 1:
             raise UserError(f"--{flag} is {value}, expected 1 or more")
+
+
+def exactly_one(args: argparse.Namespace) -> None:
+    """Refuse several models."""
+    if len(args.config_file) != 1:
+        raise UserError(f"--config-file is given {len(args.config_file)} times, expected once")
