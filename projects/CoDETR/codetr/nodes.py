@@ -94,10 +94,10 @@ def vit_large(**changes) -> Body:
     return Body(L(EVA02ViT)(**changes), {"res4": 1024}, pyramid=True)
 
 
-def _finished(body: Body, stride: int, levels: int) -> dict[str, Any]:
+def _finished(body: Body, stride: int, levels: int, channels: int = 256, **_) -> dict[str, Any]:
     """Return backbone, its maps from ``stride`` on, and the neck that makes ``levels`` of them."""
     if body.pyramid:
-        neck = L(SimplePyramid)(in_channels=body.widths["res4"])
+        neck = L(SimplePyramid)(in_channels=body.widths["res4"], out_channels=channels)
         return {"backbone": body.node, "in_features": ["res4"], "neck": neck, "levels": levels}
     names = list(body.widths)
     names = names[names.index(_FINEST[stride]) :]
@@ -106,7 +106,7 @@ def _finished(body: Body, stride: int, levels: int) -> dict[str, Any]:
         "backbone": body.node,
         "in_features": names,
         "neck": detr.channel_mapper(
-            widths={name: body.widths[name] for name in names}, levels=levels
+            widths={name: body.widths[name] for name in names}, channels=channels, levels=levels
         ),
         "levels": levels,
     }
@@ -120,9 +120,9 @@ def deformable_detr(body: Body | None = None, **settings) -> DictConfig:
 
     Args:
         body: None: ResNet-50
-        settings: ``num_classes``
+        settings: ``num_classes``, ``channels``
     """
-    parts = _finished(body or resnet50(), 8, 4)
+    parts = _finished(body or resnet50(), 8, 4, **settings)
     return detr.deformable_detr(**parts, **settings)
 
 
@@ -132,7 +132,8 @@ def deformable_detr_plus_plus(
     """Return Deformable-DETR++: two stages, box refinement, learned contents, look forward twice.
     With more queries it detects 300 objects, not 100.
     """
-    node = detr.deformable_detr_plus_plus(**_finished(body or resnet50(), 8, 4), **settings)
+    parts = _finished(body or resnet50(), 8, 4, **settings)
+    node = detr.deformable_detr_plus_plus(**parts, **settings)
     node.queries.num_queries = num_queries
     node.max_detections = 300 if num_queries > 300 else 100
     return node
@@ -143,7 +144,7 @@ def dino(
 ) -> DictConfig:
     """Return DINO with 5 levels from stride 4 on, or 4 from stride 8 on."""
     stride = {5: 4, 4: 8}[levels]
-    node = detr.dino(**_finished(body or resnet50(), stride, levels), **settings)
+    node = detr.dino(**_finished(body or resnet50(), stride, levels, **settings), **settings)
     node.queries.num_queries = num_queries
     return node
 
@@ -235,7 +236,9 @@ def _large_vit(node: DictConfig) -> DictConfig:
     """Set what the models on ViT-L have in common."""
     node.denoising.update(num_queries=300, box_noise=0.4)
     node.max_detections = 1000
-    node.auxiliary_heads[0].rpn.update(test_candidates=8000, test_proposals=2000, test_nms_threshold=0.9)
+    node.auxiliary_heads[0].rpn.update(
+        test_candidates=8000, test_proposals=2000, test_nms_threshold=0.9
+    )
     return node
 
 

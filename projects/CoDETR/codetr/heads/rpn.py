@@ -178,9 +178,7 @@ class ProposalNetwork(nn.Module):
         images, count = scores.shape
         image = torch.arange(images, device=scores.device)[:, None]
         group = image * len(anchors) + torch.cat(levels, dim=1)
-        keep = batched_nms(
-            boxes.flatten(0, 1), scores.flatten(), group.flatten(), nms_threshold
-        )
+        keep = batched_nms(boxes.flatten(0, 1), scores.flatten(), group.flatten(), nms_threshold)
         # the rank of each kept box within its image
         owner = (keep // count)[:, None] == image[:, 0]
         rank = (owner.cumsum(dim=0) * owner).sum(dim=1) - 1
