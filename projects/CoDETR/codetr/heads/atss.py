@@ -25,6 +25,7 @@ from .dense import (
     LevelScales,
     Tower,
     average_factor,
+    dense_arguments,
     dense_detections,
     flatten_levels,
     focal_sum,
@@ -106,17 +107,9 @@ class ATSSHead(AuxiliaryHead):
     def from_config(
         cls, cfg: CfgNode, *, channels: int, strides: Sequence[int], num_classes: int
     ) -> dict:
-        node = cfg.MODEL.CODETR.ATSS
-        return {
-            "channels": channels,
-            "strides": strides,
-            "num_classes": num_classes,
-            "convs": node.CONVS,
-            "score_threshold": node.SCORE_THRESHOLD,
-            "candidates_per_level": node.CANDIDATES_PER_LEVEL,
-            "nms_threshold": node.NMS_THRESHOLD,
-            "max_detections": node.MAX_DETECTIONS,
-        }
+        return dense_arguments(
+            cfg.MODEL.CODETR.ATSS, channels=channels, strides=strides, num_classes=num_classes
+        )
 
     def predict(self, maps: Sequence[Tensor]) -> ATSSOutputs:
         """Return the raw outputs of all levels."""
