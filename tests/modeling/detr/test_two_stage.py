@@ -1,6 +1,7 @@
 """Proposals, positions of queries, and a decoder that looks forward twice."""
 
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -28,6 +29,7 @@ from d2dense.modeling.detr.positions import encode_coordinates
 from d2dense.modeling.detr.proposals import anchor_boxes
 from tests.modeling.detr import recorded
 from tests.modeling.detr.test_deformable_detr import CLASSES, Strides, image
+from tests.modeling.waiting import OpCounter
 
 needs_recording = pytest.mark.skipif(not recorded.THERE, reason="no recorded outputs here")
 KINDS = ("deformable_detr_plus_plus", "dino")
@@ -439,29 +441,49 @@ def test_meta_device(kind):
     assert found[0].scores.shape == (7,)
 
 
+class Transformer(nn.Module):
+    """Tensors in, tensors out."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images, sizes):
+        maps = [self.model.backbone(images)[name] for name in "abc"]
+        memory = self.model.encoder(maps, sizes, (images.shape[2], images.shape[3]))
+        return self.model.decode(memory, all_layers=False)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_traced_transformer_takes_batches_of_other_sizes(kind):
-    model = build(kind).eval()
-
-    class Transformer(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.model = model
-
-        def forward(self, images, sizes):
-            maps = [self.model.backbone(images)[name] for name in "abc"]
-            memory = self.model.encoder(maps, sizes, (images.shape[2], images.shape[3]))
-            return self.model.decode(memory, all_layers=False)
+    model = Transformer(build(kind).eval())
 
     def inputs(batch, height, width):
         sizes = torch.tensor([[height - 6.0, width - 20.0 * i] for i in range(batch)])
         return torch.randn(batch, 3, height, width), sizes
 
     with torch.no_grad():
-        traced = torch.jit.trace(Transformer(), inputs(1, 64, 96), check_trace=False)
+        traced = torch.jit.trace(model, inputs(1, 64, 96), check_trace=False)
         for given in (inputs(2, 96, 64), inputs(1, 32, 160)):
-            for ours, theirs in zip(traced(*given), Transformer()(*given)):
+            for ours, theirs in zip(traced(*given), model(*given)):
                 assert torch.allclose(ours, theirs, atol=1e-4)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", KINDS)
+def test_exported_transformer_takes_other_sizes(kind):
+    model = Transformer(build(kind).eval())
+    side = torch.export.Dim("rows", min=2, max=16), torch.export.Dim("columns", min=2, max=16)
+    program = torch.export.export(
+        model,
+        (torch.randn(1, 3, 96, 64), torch.tensor([[90.0, 60.0]])),
+        dynamic_shapes=({2: 32 * side[0], 3: 32 * side[1]}, None),
+        strict=False,
+    )
+    given = torch.randn(1, 3, 64, 160), torch.tensor([[64.0, 130.0]])
+    with torch.no_grad():
+        for ours, theirs in zip(program.module()(*given), model(*given)):
+            assert torch.allclose(ours, theirs, atol=1e-4)
 
 
 # ------------------------------------------------ configs
@@ -554,3 +576,46 @@ def test_unknown_class_loss():
     node.CLASS_LOSS = "x"
     with pytest.raises(UserError, match="expected one of focal, quality_focal"):
         parts.criterion(node)
+
+
+# ------------------------------------------------ waiting for the device
+
+
+def operations(kind, images):
+    """Of the losses of a batch, after the backbone."""
+    model = build(kind).train()
+    given = [image(64, 64, i, boxes=3) for i in range(images)]
+    memory = model.encode(model.preprocess(given))
+    targets = model.build_targets(model.preprocess(given), [each["instances"] for each in given])
+    with OpCounter() as counter:
+        model.main_losses(memory, targets)
+    return counter
+
+
+@pytest.mark.parametrize(("kind", "waiting"), zip(KINDS, (0, 5)))
+def test_no_operation_waits_or_runs_per_image(kind, waiting):
+    """What waits is the matching, with one copy (not seen here); noise is drawn and spread over its
+    slots on the host, where masks cost nothing.
+    """
+    two, six = operations(kind, 2), operations(kind, 6)
+    assert two.waiting == six.waiting == waiting
+    assert two.total == six.total
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_synchronisation_per_step_on_a_gpu(kind):
+    model = build(kind).train().cuda()
+    given = [image(64, 64, i, boxes=3) for i in range(4)]
+    counts = []
+    for _ in range(2):  # the first step also starts libraries
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                sum(model(given).values()).backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        counts.append(sum("synchron" in str(each.message) for each in caught))
+    assert counts[1] <= 1
