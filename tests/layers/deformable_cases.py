@@ -1,7 +1,10 @@
-"""Arguments of deformable sampling, and the plain formula to compare its faster ways with."""
+"""Arguments of deformable sampling, and the gradients of its ways."""
 
 import torch
-import torch.nn.functional as F
+
+from d2dense.layers.deformable_benchmark import plain_formula as plain
+
+__all__ = ["ODD", "SIZES", "case", "plain", "with_gradients"]
 
 ODD = ((7, 5), (1, 3), (4, 1))
 # shapes, images, queries, heads, channels of a head, points
@@ -29,21 +32,6 @@ def case(shapes, n=2, q=6, heads=2, width=3, points=2, *, spread=1.6, dtype=torc
     locations = (torch.rand(n, q, heads, len(shapes), points, 2, dtype=dtype) - 0.5) * spread + 0.5
     weights = torch.randn(n, q, heads, len(shapes), points, dtype=dtype)
     return value, shapes, locations, weights
-
-
-def plain(value, shapes, locations, weights):
-    """The formula as usually written: sample every level, stack, weight, sum."""
-    n, _, m, d = value.shape
-    q = locations.shape[1]
-    levels = value.split([h * w for h, w in shapes], dim=1)
-    samples = []
-    for level, (part, (h, w)) in enumerate(zip(levels, shapes)):
-        image = part.permute(0, 2, 3, 1).reshape(n * m, d, h, w)
-        grid = (2 * locations[:, :, :, level] - 1).transpose(1, 2).reshape(n * m, q, -1, 2)
-        samples.append(F.grid_sample(image, grid, padding_mode="zeros", align_corners=False))
-    samples = torch.stack(samples, dim=3).flatten(3)  # (N M, D, Q, L P)
-    shares = weights.transpose(1, 2).reshape(n * m, 1, q, -1)
-    return (samples * shares).sum(dim=-1).view(n, m * d, q).transpose(1, 2)
 
 
 def with_gradients(function, grad, value, shapes, locations, weights):

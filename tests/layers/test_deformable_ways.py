@@ -1,12 +1,14 @@
 """The CPU's way of deformable sampling against the plain formula; compiled, traced, exported."""
 
+import json
+
 import pytest
 import torch
 from torch import nn
 from torch.library import opcheck
 
 from d2dense import benchmark
-from d2dense.layers import deformable_sampling
+from d2dense.layers import deformable_benchmark, deformable_sampling
 from d2dense.layers.deformable_sampling import sample_by_grid
 from tests.layers.deformable_cases import ODD, SIZES, case, plain, with_gradients
 
@@ -158,3 +160,19 @@ def test_compiled_sampling_is_one_operator():
     assert_follows(torch.compile(Sampling(), backend=keep, dynamic=True, fullgraph=True))
     targets = [x.target for x in graphs[-1].graph.nodes if x.op == "call_function"]
     assert sum("d2dense.deformable_sampling" in str(x) for x in targets) == 1, targets
+
+
+def test_benchmark_writes_a_table(tmp_path):
+    small = ["--sizes", "6", "3", "--queries", "5", "--heads", "2", "--channels", "4"]
+    options = ["--rounds", "1", "--threads", "1", "--device", "cpu", "--output", str(tmp_path)]
+    threads = torch.get_num_threads()
+    try:
+        deformable_benchmark.main(small + options)
+    finally:
+        torch.set_num_threads(threads)
+    tables = json.loads((tmp_path / "deformable_attention.json").read_text())["rows"]
+    found = [(row["direction"], row["way"]) for row in tables["CPU"]]
+    ways = ("plain formula", "pure PyTorch", "CPU operator")
+    assert found == [(x, way) for x in ("forward", "forward + backward") for way in ways]
+    assert tables["GPU"][0]["state"] == "not measured"
+    assert "CPU operator" in (tmp_path / "deformable_attention.md").read_text()
