@@ -22,7 +22,12 @@ SETTINGS = {"channels": 32, "num_classes": CLASSES, "strides": STRIDES, "hidden"
 
 def rpn() -> ProposalNetwork:
     return ProposalNetwork(
-        channels=32, strides=STRIDES, train_candidates=100, train_proposals=60, test_proposals=20
+        channels=32,
+        strides=STRIDES,
+        random_sampling=False,
+        train_candidates=100,
+        train_proposals=60,
+        test_proposals=20,
     )
 
 
@@ -35,6 +40,8 @@ def head(kind=MaskRCNNHead, **settings):
     for name, parameter in made.named_parameters():
         if "mask_head" not in name:  # the rest equals a head without masks
             torch.nn.init.normal_(parameter, std=0.05)
+    if kind is MaskRCNNHead:  # masks that differ from class to class
+        torch.nn.init.normal_(made.mask_head.predictor.weight)
     return made
 
 
