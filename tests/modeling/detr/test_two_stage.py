@@ -1,37 +1,21 @@
-"""Proposals, positions of queries, and a decoder that looks forward twice."""
+"""The decoder that looks forward twice, and whole detectors in two stages."""
 
-import math
 import warnings
 
-import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from detectron2.config import instantiate
 from detectron2.structures import ImageList
 from torch import nn
 
 from d2dense.config import detr
-from d2dense.config.defaults import get_cfg
 from d2dense.engine.recompute import enable_activation_checkpointing
-from d2dense.errors import UserError
 from d2dense.export import adapt
-from d2dense.modeling.detr import (
-    BoxEmbedding,
-    BoxPositions,
-    Memory,
-    TwoStageQueries,
-    inverse_sigmoid,
-    parts,
-)
-from d2dense.modeling.detr.memory import valid_ratios
+from d2dense.modeling.detr import inverse_sigmoid
 from d2dense.modeling.detr.positions import encode_coordinates
-from d2dense.modeling.detr.proposals import anchor_boxes
-from tests.modeling.detr import recorded
 from tests.modeling.detr.test_deformable_detr import CLASSES, Strides, image
 from tests.modeling.waiting import OpCounter
 
-needs_recording = pytest.mark.skipif(not recorded.THERE, reason="no recorded outputs here")
 KINDS = ("deformable_detr_plus_plus", "dino")
 
 
@@ -53,176 +37,6 @@ def build(kind, **changes):
     for head in (*model.heads.boxes, model.queries.boxes):  # untrained ones move nothing
         nn.init.normal_(head.layers[-1].weight, std=0.5)
     return model
-
-
-def memory_of(masks, tokens=None):
-    """A memory of these padding masks (N, Hl, Wl)."""
-    padding = torch.cat([mask.flatten(1) for mask in masks], dim=1)
-    shapes = [tuple(mask.shape[1:]) for mask in masks]
-    ratios = torch.stack([valid_ratios(mask) for mask in masks], dim=1)
-    tokens = torch.randn(*padding.shape, 8) if tokens is None else tokens
-    return Memory(tokens, shapes, padding, ratios)
-
-
-def three_quarters(shapes):
-    masks = []
-    for h, w in shapes:
-        mask = torch.zeros(2, h, w, dtype=torch.bool)
-        mask[1, int(0.75 * h) :] = True
-        mask[1, :, int(0.75 * w) :] = True
-        masks.append(mask)
-    return masks
-
-
-# ------------------------------------------------ encodings
-
-
-@needs_recording
-def test_the_recorded_encodings():
-    units = np.load(recorded.UNITS)
-    boxes = torch.rand(1, 7, 4, generator=torch.Generator().manual_seed(10))
-    embedding = BoxEmbedding(channels=256, out_channels=256)
-    positions = BoxPositions(channels=256)
-    seen = []
-    for layer in (embedding.linear, positions.layers):
-        layer.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
-    embedding(inverse_sigmoid(boxes).sigmoid())
-    positions(boxes)
-    assert recorded.error(seen[0][..., ::8], units["proposal_pe"]) < 1e-5
-    assert recorded.error(seen[1][..., ::8], units["dino_sine"]) < 1e-5
-
-
-def test_an_embedding_by_hand():
-    module = BoxEmbedding(channels=8, out_channels=16)
-    box = [0.25, 0.5, 0.1, 0.9]
-    waves = []
-    for value in box:
-        for k in range(2):
-            angle = value * 2 * math.pi / 10000 ** (2 * k / 4)
-            waves += [math.sin(angle), math.cos(angle)]
-    linear = F.linear(torch.tensor(waves), module.linear.weight, module.linear.bias)
-    expected = F.layer_norm(linear, (16,))
-    assert torch.allclose(module(torch.tensor([[box]]))[0, 0], expected, atol=1e-5)
-
-
-def test_inverse_sigmoid():
-    x = torch.tensor([-0.3, 0.0, 0.2, 0.9999999, 1.0, 1.7], requires_grad=True)
-    y = inverse_sigmoid(x, 1e-3)
-    expected = [math.log(1e-3), math.log(1e-3), math.log(0.25), *[math.log(1e3)] * 3]
-    assert y.tolist() == pytest.approx(expected, rel=1e-5)
-    y.sum().backward()
-    assert torch.isfinite(x.grad).all()
-
-
-# ------------------------------------------------ proposals
-
-
-@needs_recording
-def test_the_recorded_anchors():
-    boxes, valid = anchor_boxes(memory_of(three_quarters(((12, 16), (6, 8)))))
-    expected = torch.from_numpy(np.load(recorded.UNITS)["enc_proposals_logit"])
-    assert torch.equal(valid, torch.isfinite(expected).all(dim=-1))
-    found = torch.logit(boxes).masked_fill(~valid[..., None], torch.inf)
-    assert torch.allclose(found[valid], expected[valid], atol=1e-5)
-    assert (expected[~valid] == torch.inf).all()
-
-
-def test_anchors_at_the_limits():
-    # the first centre of 50 cells is at 0.01, the last at 0.99: neither is valid
-    _, valid = anchor_boxes(memory_of([torch.zeros(1, 2, 50, dtype=torch.bool)]))
-    assert valid[0].view(2, 50).tolist() == [[False, *[True] * 48, False]] * 2
-    # the same with padding to any width
-    for width in range(51, 120):
-        mask = torch.zeros(1, 2, width, dtype=torch.bool)
-        mask[:, :, 50:] = True
-        _, valid = anchor_boxes(memory_of([mask]))
-        assert valid[0].view(2, width)[:, :50].tolist() == [[False, *[True] * 48, False]] * 2
-        assert not valid[0].view(2, width)[:, 50:].any()
-
-
-def slow_proposals(module, memory, image):
-    """Position by position: logits, boxes and validity."""
-    start, rows = 0, []
-    for level, (height, width) in enumerate(memory.shapes):
-        there = ~memory.padding[image, start : start + height * width].view(height, width)
-        rows_valid, columns_valid = int(there[:, 0].sum()), int(there[0].sum())
-        for i in range(height):
-            for j in range(width):
-                token = memory.tokens[image, start + i * width + j]
-                box = [(j + 0.5) / columns_valid, (i + 0.5) / rows_valid, *[0.05 * 2**level] * 2]
-                valid = bool(there[i, j]) and all(0.01 < value < 0.99 for value in box)
-                state = module.norm(module.transform(token if valid else token * 0))
-                shift = module.boxes.layers(state)
-                logit = torch.tensor([math.log(v / (1 - v)) if valid else math.inf for v in box])
-                rows.append((module.classes(state), (shift + logit).sigmoid(), valid))
-        start += height * width
-    return rows
-
-
-@pytest.mark.parametrize("binary", [True, False])
-@torch.no_grad()
-def test_proposals_by_loop(binary):
-    torch.manual_seed(0)
-    memory = memory_of(three_quarters(((8, 12), (4, 6), (2, 3))))
-    module = TwoStageQueries(
-        num_queries=20, channels=8, num_classes=5, binary=binary, positions=binary
-    )
-    nn.init.normal_(module.boxes.layers[-1].weight)
-    found = module(memory)
-    proposals = found.proposals
-    predictions = module.encoder_predictions(proposals)
-    assert predictions.binary == binary
-    for i in range(2):
-        rows = slow_proposals(module, memory, i)
-        scores = [float(logits[0] if binary else logits.max()) for logits, _, _ in rows]
-        assert proposals.scores[i].tolist() == pytest.approx(scores, abs=1e-5)
-        best = sorted(range(len(rows)), key=lambda k: -scores[k])[:20]
-        top = [scores[k] for k in best]
-        assert proposals.top_scores[i].tolist() == pytest.approx(top, abs=1e-5)
-        assert [scores[k] for k in proposals.index[i]] == pytest.approx(top, abs=1e-5)
-        chosen = torch.stack([rows[k][1] for k in proposals.index[i]])
-        assert torch.allclose(found.references[i], chosen, atol=1e-5)
-        assert torch.equal(proposals.boxes[i], found.references[i])
-        which = range(len(rows)) if binary else proposals.index[i].tolist()
-        for column, number in ((predictions.logits, 0), (predictions.boxes, 1)):
-            expected = torch.stack([rows[k][number] for k in which])
-            assert torch.allclose(column[i], expected, atol=1e-5)
-    assert torch.equal(found.content, module.content.weight.expand(2, -1, -1))
-    if binary:
-        whole = module.positions(found.references)
-        assert torch.equal(found.position, whole[..., :8])
-    else:
-        assert found.position is None
-
-
-@pytest.mark.parametrize("binary", [True, False])
-def test_fewer_positions_than_queries(binary):
-    module = TwoStageQueries(num_queries=20, channels=8, num_classes=5, binary=binary)
-    found = module(memory_of([torch.zeros(2, 3, 4, dtype=torch.bool)]))
-    assert found.references.shape == (2, 20, 4)
-    assert (found.references[:, 12:] == 1).all()
-    assert (found.proposals.index[:, :12] < 12).all()
-    assert (found.proposals.index[:, 12:] >= 12).all()
-    predictions = module.encoder_predictions(found.proposals)
-    assert predictions.logits.shape[1] == (12 if binary else 20)
-    (predictions.boxes.sum() + predictions.logits.sum()).backward()
-    assert all(torch.isfinite(p.grad).all() for p in module.boxes.parameters())
-
-
-def test_no_gradient_of_the_decoder_reaches_the_proposals():
-    module = TwoStageQueries(num_queries=5, channels=8, num_classes=5)
-    found = module(memory_of([torch.zeros(1, 6, 8, dtype=torch.bool)]))
-    assert not found.references.requires_grad
-    found.position.sum().backward()
-    assert module.boxes.layers[0].weight.grad is None
-    assert module.positions.linear.weight.grad is not None
-
-
-def test_infinite_states_do_not_become_numbers_that_are_none():
-    module = TwoStageQueries(num_queries=5, channels=8, num_classes=5)
-    nn.init.constant_(module.boxes.layers[-1].bias, -torch.inf)
-    found = module(memory_of([torch.ones(1, 6, 8, dtype=torch.bool)]))
-    assert (found.references == 1).all()
 
 
 # ------------------------------------------------ the decoder
@@ -484,98 +298,6 @@ def test_exported_transformer_takes_other_sizes(kind):
     with torch.no_grad():
         for ours, theirs in zip(program.module()(*given), model(*given)):
             assert torch.allclose(ours, theirs, atol=1e-4)
-
-
-# ------------------------------------------------ configs
-
-YAML = {
-    "deformable_detr_plus_plus": {
-        "FEEDFORWARD": 2048,
-        "DROPOUT": 0.0,
-        "BOX_REFINEMENT": True,
-        "LOOK_FORWARD_TWICE": True,
-        "TWO_STAGE": True,
-    }
-}
-YAML["dino"] = {
-    **YAML["deformable_detr_plus_plus"],
-    "POSITION_TEMPERATURE": 20.0,
-    "POSITION_OFFSET": 0.0,
-    "NUM_QUERIES": 900,
-    "BINARY_PROPOSALS": False,
-    "QUERY_POSITIONS": "references",
-    "FINAL_NORM": True,
-    "REFERENCE_EPS": 1e-3,
-    "CLASS_WEIGHT": 1.0,
-}
-DENOISING = {"dino": 100}
-
-
-def detr_node(kind):
-    node = get_cfg().MODEL.DETR
-    for key, value in YAML[kind].items():
-        node[key] = value
-    node.DENOISING.QUERIES = DENOISING.get(kind, 0)
-    return node
-
-
-def settings(module):
-    """Every plain attribute of a module and its parts."""
-    plain = (int, float, str, bool, type(None))
-    return {
-        f"{name}.{key}": value
-        for name, part in module.named_modules()
-        for key, value in vars(part).items()
-        if isinstance(value, plain) and key != "training"
-    }
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_both_kinds_of_config_build_the_same(kind):
-    node = getattr(detr, kind)(backbone=None, in_features="abcd")
-    with torch.device("meta"):
-        yaml = parts.transformer(detr_node(kind))
-        yaml["criterion"] = parts.criterion(detr_node(kind))
-        # the parts refer to the whole's number of classes
-        node.backbone = nn.Identity()
-        lazy = instantiate(node)
-    for name, part in yaml.items():
-        other = getattr(lazy, name)
-        if part is None:
-            assert other is None
-            continue
-        shapes = [{k: v.shape for k, v in each.state_dict().items()} for each in (part, other)]
-        assert shapes[0] == shapes[1]
-        assert settings(part) == settings(other)
-
-
-@pytest.mark.parametrize(
-    ("key", "value", "message"),
-    [
-        ("TRANSFORMER", "x", "TRANSFORMER is 'x'; expected one of deformable"),
-        ("QUERY_POSITIONS", "x", "QUERY_POSITIONS is 'x'; expected one of queries, references"),
-        ("QUERY_POSITIONS", "references", "set TWO_STAGE to True"),
-    ],
-)
-def test_mistakes(key, value, message):
-    node = get_cfg().MODEL.DETR
-    node[key] = value
-    with torch.device("meta"), pytest.raises(UserError, match=message):
-        parts.transformer(node)
-
-
-def test_denoising_takes_positions_of_references():
-    node = detr_node("deformable_detr_plus_plus")
-    node.DENOISING.QUERIES = 100
-    with torch.device("meta"), pytest.raises(UserError, match="QUERY_POSITIONS to references"):
-        parts.transformer(node)
-
-
-def test_unknown_class_loss():
-    node = get_cfg().MODEL.DETR
-    node.CLASS_LOSS = "x"
-    with pytest.raises(UserError, match="expected one of focal, quality_focal"):
-        parts.criterion(node)
 
 
 # ------------------------------------------------ waiting for the device
