@@ -159,7 +159,7 @@ def compare(found, image, owner, negatives):
     assert set(found.negative[image].nonzero()[:, 0].tolist()) == negatives
 
 
-@pytest.fixture(params=[2**25, 6000], ids=["at_once", "in_slices"])
+@pytest.fixture(params=[2**24, 6000], ids=["at_once", "in_slices"])
 def slices(request, monkeypatch):
     monkeypatch.setattr(objects_module, "_ELEMENTS", request.param)
 

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from detectron2.layers import batched_nms
 from detectron2.modeling.proposal_generator.rpn import StandardRPNHead
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from .anchors import CellAnchors, inside_images, octaves
 from .assignment import IoUAssigner
@@ -161,7 +162,7 @@ class ProposalNetwork(nn.Module):
         nms_threshold: float,
     ) -> Proposals:
         """Choose by score in each level, clip, drop what is empty, suppress, choose again; the
-        suppression is the one wait for the device.
+        suppression waits for the device, once per image.
         """
         scores, boxes, levels = [], [], []
         for number, (logit, delta, anchor) in enumerate(zip(logits, deltas, anchors)):
@@ -175,18 +176,16 @@ class ProposalNetwork(nn.Module):
         boxes, scores = clip(torch.cat(boxes, dim=1), limits), torch.cat(scores, dim=1)
         empty = (boxes[..., 2:] <= boxes[..., :2]).any(dim=-1)
         scores = scores.masked_fill(empty, -1.0)  # last, and they suppress nothing
-        images, count = scores.shape
-        image = torch.arange(images, device=scores.device)[:, None]
-        group = image * len(anchors) + torch.cat(levels, dim=1)
-        keep = batched_nms(boxes.flatten(0, 1), scores.flatten(), group.flatten(), nms_threshold)
-        # the rank of each kept box within its image
-        owner = (keep // count)[:, None] == image[:, 0]
-        rank = (owner.cumsum(dim=0) * owner).sum(dim=1) - 1
-        slot = keep // count * (proposals + 1) + rank.clamp(max=proposals)
-        index = torch.full((images * (proposals + 1),), -1, device=scores.device)
-        index = index.scatter(0, slot, keep).view(images, -1)[:, :proposals]
+        levels = torch.cat(levels, dim=1)
+        kept = [
+            batched_nms(*each, nms_threshold)[:proposals]
+            for each in zip(boxes.unbind(), scores.unbind(), levels.unbind())
+        ]
+        index = pad_sequence(kept, batch_first=True, padding_value=-1)
         chosen = index.clamp(min=0)
-        found = scores.flatten()[chosen]
+        found = scores.gather(1, chosen)
         return Proposals(
-            boxes=boxes.flatten(0, 1)[chosen], scores=found, there=(index >= 0) & (found >= 0)
+            boxes=boxes.gather(1, chosen[..., None].expand(-1, -1, 4)),
+            scores=found,
+            there=(index >= 0) & (found >= 0),
         )
