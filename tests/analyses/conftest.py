@@ -4,11 +4,10 @@ import importlib.util
 
 import pytest
 import torch
-from detectron2.config import LazyConfig
 
-from d2dense import config, model_zoo
+from d2dense import model_zoo
 from d2dense.data import shapes
-from tests.analyses.tiny import DETR, build, collaborative_node
+from tests.analyses.tiny import build
 
 
 @pytest.fixture(scope="session")
@@ -46,20 +45,6 @@ def save_weights(tmp_path_factory):
         return str(file)
 
     return save
-
-
-@pytest.fixture(scope="session")
-def collaborative_config(tmp_path_factory):
-    """Return a function that writes a lazy config with these auxiliary heads."""
-
-    def write(*heads):
-        cfg = config.load(DETR)
-        cfg.model = collaborative_node(*heads)
-        path = tmp_path_factory.mktemp("configs") / "co_tiny.yaml"
-        LazyConfig.save(cfg, str(path))
-        return str(path)
-
-    return write
 
 
 @pytest.fixture

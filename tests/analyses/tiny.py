@@ -1,12 +1,14 @@
 """Small detectors, and a picture."""
 
 import torch
+from detectron2.config import instantiate
 from detectron2.structures import Boxes, Instances
 
 from d2dense import config, projects
 from d2dense.config import detr
 
 DETR = "CEDNet/deformable_detr_cednet_tiny_shapes"
+CO_DETR = "CoDETR/co_deformable_detr_tiny_shapes"
 RETINANET = "CEDNet/retinanet_cednet_tiny_shapes"
 
 
@@ -23,8 +25,8 @@ def sample(size=(75, 90)):
     return {"image": image.to(torch.uint8), "instances": objects, "file_name": "noise.jpg"}
 
 
-def collaborative_node(*heads):
-    """Return the lazy node of a small Co-Deformable DETR."""
+def collaborative(*heads):
+    """Return a small Co-Deformable DETR with these auxiliary heads."""
     projects.import_all()
     from codetr import nodes
 
@@ -36,4 +38,4 @@ def collaborative_node(*heads):
     for part in (node.encoder, node.decoder):
         part.update(layers=2, heads=4, feedforward=64, dropout=0.0)
     node.queries.num_queries = 50
-    return nodes.collaborative(node, *heads)
+    return instantiate(nodes.collaborative(node, *heads)).eval()

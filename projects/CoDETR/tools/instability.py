@@ -1,0 +1,77 @@
+#!/usr/bin/env python3
+"""How often the queries of detection transformers change their objects during training, from the
+checkpoints of a run, in the order of training:
+
+    --config-file A --weights A/model_0001.pth A/model_0002.pth ... --config-file B --weights ...
+
+Writes instability.png/.csv and summary.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from d2dense.analyses import command
+from d2dense.analyses.detectors import annotated_records, open_detector
+from d2dense.analyses.instability import assignments, instability_report
+from d2dense.errors import ToolParser, UserError, run_tool
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = ToolParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    command.add_configs(parser)
+    command.add_data(parser)
+    add = parser.add_argument
+    add(
+        "--weights",
+        action="append",
+        nargs="+",
+        required=True,
+        metavar="W",
+        help="two or more checkpoints, in the order of training; once per --config-file",
+    )
+    add("--device", help="cpu or cuda; replaces the config's device")
+    add("--num", type=int, help="images to use, the first ones that have objects")
+    args = parser.parse_intermixed_args(argv)
+    command.at_least_one(args, "num")
+    for files in args.weights:
+        if len(files) < 2:
+            raise UserError(f"--weights has only {files[0]}; give two or more checkpoints of a run")
+        if len(set(files)) < len(files):
+            raise UserError("--weights names a checkpoint twice; give each of a run once")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse(argv)
+    dataset = command.custom_dataset(args)
+    weights = command.per_config(args.weights, "--weights", args.config_file)
+    names = command.per_config(args.name, "--name", args.config_file)
+    options = {"overrides": args.overrides, "device": args.device}
+    runs, tested, records = {}, "", None
+    for config, files, name in zip(args.config_file, weights, names):
+        name = name or Path(config).stem
+        if name in runs:
+            raise UserError(f"two models are called {name!r}; tell them apart by --name")
+        runs[name] = {}
+        for file in files:
+            detector = open_detector(config, weights=file, dataset=dataset, **options)
+            if records is None:
+                tested, records = detector.dataset, annotated_records(detector.dataset, args.num)
+            if detector.dataset != tested:
+                raise UserError(
+                    f"the configs have the test sets {tested} and {detector.dataset}; choose by "
+                    "--dataset"
+                )
+            runs[name][file] = assignments(detector, records)
+    for name, values in instability_report(runs, args.output).items():
+        print(f"{name}: instability {', '.join(f'{value:.2f}' for value in values)}")
+    print(f"written to {args.output}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_tool(main))
