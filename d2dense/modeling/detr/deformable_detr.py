@@ -215,7 +215,7 @@ class DeformableDETR(nn.Module):
         Raises:
             UserError: an image is larger than that.
         """
-        images = [each["image"].to(self.device) for each in batched_inputs]
+        images = [each["image"].to(self.device, non_blocking=True) for each in batched_inputs]
         constraints = dict(self.backbone.padding_constraints)
         if self.square:
             constraints["square_size"] = self.square

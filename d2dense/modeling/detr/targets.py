@@ -62,8 +62,8 @@ def build_targets(
     if image_sizes is None:
         image_sizes = [each.image_size for each in instances]
     sizes = image_size_tensor(image_sizes, device).flip(1).repeat(1, 2)[:, None]
-    boxes = [each.gt_boxes.tensor.to(device, torch.float32) for each in instances]
-    classes = [each.gt_classes.to(device) for each in instances]
+    boxes = [each.gt_boxes.tensor.to(device, torch.float32, True) for each in instances]
+    classes = [each.gt_classes.to(device, non_blocking=True) for each in instances]
     relative = box_convert(pad_sequence(boxes, batch_first=True) / sizes, "xyxy", "cxcywh")
     counts = [len(each) for each in instances]
     missing = ~mask_of(counts, relative.shape[1], device)

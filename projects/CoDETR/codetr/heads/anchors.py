@@ -24,6 +24,7 @@ class CellAnchors(DefaultAnchorGenerator):
         strides: of the levels, in pixels
         scales: of the anchors' sides, in strides
         ratios: height by width
+        offset: of the points that anchors are around from the corners, in strides
     """
 
     def __init__(
@@ -32,12 +33,13 @@ class CellAnchors(DefaultAnchorGenerator):
         strides: Sequence[int],
         scales: Sequence[float] = (8.0,),
         ratios: Sequence[float] = (1.0,),
+        offset: float = 0.0,
     ):
         super().__init__(
             sizes=[[scale * stride for scale in scales] for stride in strides],
             aspect_ratios=[list(ratios)],
             strides=list(strides),
-            offset=0.0,
+            offset=offset,
         )
 
     def generate_cell_anchors(self, sizes=(), aspect_ratios=()) -> Tensor:
@@ -51,8 +53,19 @@ class CellAnchors(DefaultAnchorGenerator):
         return self.num_anchors[0]
 
     def of(self, maps: Sequence[Tensor]) -> list[Tensor]:
-        """Return the anchors of each level, ``(Hl Wl per_cell, 4)``, xyxy in pixels, float32."""
-        return [boxes.tensor for boxes in self(list(maps))]
+        """Return the anchors of each level, ``(Hl Wl per_cell, 4)``, xyxy in pixels, float32;
+        Detectron2 would make the grids on the host and wait until they are sent.
+        """
+        levels = []
+        for each, stride, cell in zip(maps, self.strides, self.cell_anchors):
+            y, x = (
+                (torch.arange(size, device=each.device) + self.offset) * stride
+                for size in each.shape[2:]
+            )
+            rows, columns = torch.meshgrid(y, x, indexing="ij")
+            corners = torch.stack([columns, rows, columns, rows], dim=-1).view(-1, 1, 4)
+            levels.append((corners + cell).flatten(0, 1))
+        return levels
 
 
 def inside_images(

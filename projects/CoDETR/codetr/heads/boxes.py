@@ -38,7 +38,8 @@ class BoxCoder:
 
     def decode(self, boxes: Tensor, deltas: Tensor) -> Tensor:
         """Return xyxy ``boxes`` moved by ``deltas``, both ``(..., 4)``; float32, not clipped."""
-        deltas = deltas.float() * deltas.new_tensor(self.stds, dtype=torch.float32)
+        stds = torch.tensor(self.stds, dtype=torch.float32)
+        deltas = deltas.float() * stds.to(deltas.device, non_blocking=True)
         size = boxes[..., 2:] - boxes[..., :2]
         centre = boxes[..., :2] + 0.5 * size + size * deltas[..., :2]
         half = 0.5 * size * deltas[..., 2:].clamp(-self.max_log_scale, self.max_log_scale).exp()

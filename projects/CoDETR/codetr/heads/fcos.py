@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
-from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
 from detectron2.modeling.meta_arch.fcos import FCOSHead as FCOSLayers
 from detectron2.structures import Instances
 from torch import Tensor
@@ -22,6 +21,7 @@ from d2dense.errors import UserError
 from d2dense.modeling.box_regression import giou_loss
 
 from ..auxiliary import AuxiliaryHead, Candidates
+from .anchors import CellAnchors
 from .assignment import Assignment
 from .atss import centerness
 from .dense import average_factor, dense_arguments, dense_detections, flatten_levels, focal_sum
@@ -89,12 +89,7 @@ class FCOSHead(AuxiliaryHead):
             norm="GN",
         )
         # a query of a point starts from a square of 8 strides around it
-        self.squares = DefaultAnchorGenerator(
-            sizes=[[8.0 * stride] for stride in strides],
-            aspect_ratios=[[1.0]],
-            strides=list(strides),
-            offset=0.5,
-        )
+        self.squares = CellAnchors(strides=strides, offset=0.5)
 
     @classmethod
     def from_config(
@@ -164,7 +159,7 @@ class FCOSHead(AuxiliaryHead):
 
     def _grid(self, maps: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Return squares ``(A, 4)``, xyxy, points ``(A, 2)`` and strides ``(A,)``, in pixels."""
-        levels = [boxes.tensor for boxes in self.squares(list(maps))]
+        levels = self.squares.of(maps)
         squares = torch.cat(levels)
         strides = torch.cat(
             [squares.new_full((len(level),), s) for level, s in zip(levels, self.strides)]
