@@ -13,7 +13,7 @@ from detectron2.structures import Instances
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-__all__ = ["AuxiliaryHead", "Candidates"]
+__all__ = ["AuxiliaryHead", "Candidates", "recompute"]
 
 
 class Candidates(NamedTuple):
@@ -36,6 +36,12 @@ class Candidates(NamedTuple):
     rows: Tensor | None = None
 
 
+def recompute(module: nn.Module, method: str, enable: bool = True) -> None:
+    """Let ``module`` run a method a second time in backward instead of keeping its activations."""
+    own = getattr(type(module), method).__get__(module)
+    setattr(module, method, partial(checkpoint, own, use_reentrant=False) if enable else own)
+
+
 class AuxiliaryHead(nn.Module):
     """A detector's head on the maps of the multi-scale adapter, trained beside the decoder.
 
@@ -51,8 +57,7 @@ class AuxiliaryHead(nn.Module):
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Let :meth:`predict` be computed a second time in backward, for less memory."""
-        own = type(self).predict.__get__(self)
-        self.predict = partial(checkpoint, own, use_reentrant=False) if enable else own
+        recompute(self, "predict", enable)
 
     def losses(
         self, maps: Sequence[Tensor], instances: Sequence[Instances]

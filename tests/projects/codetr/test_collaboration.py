@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from codetr import CoDETR
+from d2dense.engine.recompute import enable_activation_checkpointing
 from d2dense.errors import UserError
 from d2dense.export import adapt
 from d2dense.modeling.detr import DeformableDETR
@@ -181,17 +182,19 @@ def test_wrong_settings_are_named():
         CoDETR(**arguments, auxiliary_heads=[tiny.atss()])
 
 
-def test_recomputed_heads_give_the_same():
+def test_recomputed_parts_give_the_same():
     inputs = tiny.inputs()
     expected, of_expected = gradients(tiny.detector(), inputs)
     model = tiny.detector()
-    for head in model.auxiliary_heads:
-        head.set_grad_checkpointing()
+    # layers of encoder and decoder, and heads
+    assert enable_activation_checkpointing(model) == 2 + 2 + 2
     model = copy.deepcopy(model)
     calls = []
-    model.auxiliary_heads[1].classes.register_forward_hook(lambda *_: calls.append(1))
+    atss, rcnn = model.auxiliary_heads[1], model.auxiliary_heads[0]
+    for part in (atss.classes, rcnn.rpn.head.conv, rcnn.classes):
+        part.register_forward_hook(lambda *_: calls.append(1))
     losses, found = gradients(model, inputs)
-    assert len(calls) == 2 * 3  # once more in backward, for each of three levels
+    assert len(calls) == 2 * (3 + 3 + 1)  # once more in backward; three levels, or all regions
     for name in expected:
         assert torch.equal(losses[name], expected[name])
     for name, gradient in of_expected.items():

@@ -22,7 +22,7 @@ from d2dense.modeling.box_regression import giou_loss
 from d2dense.modeling.detr.targets import image_size_tensor
 from d2dense.modeling.regions import pool_lists
 
-from ..auxiliary import AuxiliaryHead, Candidates
+from ..auxiliary import AuxiliaryHead, Candidates, recompute
 from .assignment import IoUAssigner
 from .boxes import BoxCoder, clip
 from .dense import average_factor
@@ -157,6 +157,11 @@ class FasterRCNNHead(AuxiliaryHead):
             "nms_threshold": node.NMS_THRESHOLD,
             "max_detections": node.MAX_DETECTIONS,
         }
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """See :class:`AuxiliaryHead`; that of the region proposal network too."""
+        super().set_grad_checkpointing(enable)
+        recompute(self.rpn, "predict", enable)
 
     def make_pooler(self, size: int) -> ROIPooler:
         """Return what pools regions to ``size`` by ``size``, from a level by their area."""
