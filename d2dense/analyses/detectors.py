@@ -48,12 +48,12 @@ class Detector:
         """Yield what the model takes in training, resized as in tests and without any other
         augmentation. Crowds are left out.
         """
-        heads = getattr(self.model, "roi_heads", None)
+        has_masks = any(hasattr(module, "mask_head") for module in self.model.modules())
         mapper = DetectionMapper(
             is_train=True,
             augmentations=[self.mapper.augmentations],
             image_format=self.mapper.image_format,
-            use_instance_mask=self.mapper.use_instance_mask or getattr(heads, "mask_on", False),
+            use_instance_mask=self.mapper.use_instance_mask or has_masks,
             instance_mask_format=self.mapper.instance_mask_format,
         )
         for (sample,) in self._loader(records, mapper):

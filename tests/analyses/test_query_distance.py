@@ -7,8 +7,10 @@ import math
 import numpy as np
 import pytest
 import torch
+from detectron2.config import LazyConfig
 from PIL import Image
 
+from d2dense import config
 from d2dense.analyses.matching import match
 from d2dense.analyses.query_distance import ObjectDistance, object_distances, query_report
 from d2dense.errors import UserError
@@ -149,3 +151,18 @@ def test_the_command(codetr_tool, shapes_data, save_weights, both_kinds, tmp_pat
     assert {row["head"] for row in rows} == {"FasterRCNN", "ATSS"}
     assert len({row["image"] for row in rows}) == 2
     assert all(0 <= float(row[key]) < 1 for row in rows for key in ("matched", "others"))
+
+
+def test_a_head_that_learns_masks_gets_them(codetr_tool, shapes_data, save_weights, tmp_path):
+    """Configs load no masks in tests; the head's losses, which are asked, need them."""
+    cfg = config.load(CO_DETR)
+    path = tmp_path / "masks.yaml"
+    from codetr import nodes
+
+    cfg.model = nodes.collaborative(cfg.model, "mask_rcnn")
+    cfg.model.auxiliary_heads[0].rpn.train_proposals = 100
+    LazyConfig.save(cfg, str(path))
+    command = ["--config-file", str(path), "--weights", save_weights(path), *shapes_data]
+    command += ["--device", "cpu", "--num", "1", "--output", str(tmp_path)]
+    assert codetr_tool("query_distance")(command) == 0
+    assert {row["head"] for row in read(tmp_path / "query_distance.csv")} == {"MaskRCNN"}
