@@ -11,6 +11,7 @@ P points per level and head; T positions with the borders.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -165,14 +166,20 @@ def _products(grad: Tensor, table: Tensor, neighbours: Tensor) -> Tensor:
     """Return the products of each query's gradient with each of its neighbours' values,
     ``(Q M, 4, L P)``: what each neighbour's share would get.
     """
-    bags, *_ = neighbours.shape
     each = neighbours[0].numel()
-    whole = {"dtype": neighbours.dtype}
-    bag = torch.arange(bags, **whole)
-    products = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-        grad, table, neighbours.flatten(), bag * each, bag.repeat_interleave(each), 0
-    )
-    return products.view(neighbours.shape)
+    begins = torch.arange(0, neighbours.numel() + 1, each, dtype=neighbours.dtype)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # sparse tensors say that they are young
+        wanted = torch.sparse_csr_tensor(
+            begins,
+            neighbours.flatten(),
+            grad.new_zeros(neighbours.numel()),
+            (grad.shape[0], table.shape[0]),
+            check_invariants=False,
+        )
+    # the product of two matrices at given places only: each row's neighbours
+    products = torch.sparse.sampled_addmm(wanted, grad, table.t(), beta=0.0)
+    return products.values().view(neighbours.shape)
 
 
 def _slopes(products: Tensor, share: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
