@@ -26,6 +26,8 @@ from .positive_queries import PositiveQueries, join
 
 __all__ = ["CoDETR"]
 
+_IN_TRAINING = ("adapter", "auxiliary_heads", "positive_queries", "denoising")
+
 
 @META_ARCH_REGISTRY.register()
 class CoDETR(DeformableDETR):
@@ -166,26 +168,11 @@ class CoDETR(DeformableDETR):
                 f"evaluate_branch (MODEL.CODETR.EVALUATE_BRANCH) is {self.evaluate_branch}; only "
                 "the decoder's detections can be exported, set it to None"
             )
-        model = DeformableDETR(
-            backbone=self.backbone,
-            in_features=self.in_features,
-            neck=self.neck,
-            encoder=self.encoder,
-            queries=self.queries,
-            decoder=self.decoder,
-            heads=self.heads,
-            criterion=self.criterion,
-            denoising=None,
-            num_classes=self.num_classes,
-            mask_padding=self.mask_padding,
-            square=self.square,
-            pad_value=self.pad_value,
-            pixel_mean=self.pixel_mean.flatten().tolist(),
-            pixel_std=self.pixel_std.flatten().tolist(),
-            input_format=self.input_format,
-        )
-        model.selection = self.selection
-        return model.to(self.device).train(self.training)
+        model = DeformableDETR.__new__(DeformableDETR)
+        model.__dict__.update(self.__dict__)
+        model._modules = {k: v for k, v in self._modules.items() if k not in _IN_TRAINING}
+        model.denoising = None
+        return model
 
 
 register_adapter(CoDETR, lambda model: adapt(model.inference_model()))

@@ -94,6 +94,22 @@ def test_one_pass_or_one_per_head(kind, queries):
         torch.testing.assert_close(found[name], gradient, rtol=0, atol=1e-5 * scale + 1e-7)
 
 
+@pytest.mark.parametrize("mask_padding", [True, False])
+def test_heads_see_the_images_that_the_detector_sees(mask_padding):
+    """With jitter on a large scale padding is part of the image, for everybody."""
+    model = tiny.detector(mask_padding=mask_padding)
+    seen, head = [], model.auxiliary_heads[1]
+    usual = head.losses
+    head.losses = lambda maps, given: seen.append(given) or usual(maps, given)
+    inputs = tiny.inputs(sizes=((64, 96), (80, 72)))
+    losses = model(inputs)
+    assert all(loss.isfinite() for loss in losses.values())
+    sizes = [(64, 96), (80, 72)] if mask_padding else [(80, 96), (80, 96)]
+    assert [each.image_size for each in seen[0]] == sizes
+    for each, given in zip(seen[0], inputs):
+        assert each.gt_boxes is given["instances"].gt_boxes
+
+
 def test_only_the_heads():
     model = tiny.detector(queries=False)
     losses, found = gradients(model, tiny.inputs())
@@ -128,11 +144,15 @@ def test_without_heads_it_is_the_base_detector():
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-def test_inference_is_the_base_detectors():
-    model = tiny.detector().eval()
+@pytest.mark.parametrize("kind", tiny.KINDS)
+def test_inference_is_the_base_detectors(kind):
+    model = tiny.detector(kind).eval()
+    before = len(list(model.modules()))
     bare = model.inference_model()
     assert type(bare) is DeformableDETR
-    assert not any("auxiliary" in name or "positive" in name for name in bare.state_dict())
+    assert len(list(model.modules())) == before
+    expected = DeformableDETR(**{**tiny.base(kind), "denoising": None})
+    assert bare.state_dict().keys() == expected.state_dict().keys()
     inputs = tiny.inputs()
 
     def touched(*_):
@@ -147,8 +167,15 @@ def test_inference_is_the_base_detectors():
             found["instances"].pred_boxes.tensor, expected["instances"].pred_boxes.tensor
         )
     exported = adapt(model)
-    names = {name for name, _ in exported.named_parameters()}
-    assert not any("auxiliary" in name or "adapter" in name for name in names)
+    count = sum(parameter.numel() for parameter in bare.parameters())
+    assert sum(parameter.numel() for parameter in exported.parameters()) == count
+    with torch.no_grad():
+        assert torch.equal(exported(inputs[0]["image"])[1], found_scores(model, inputs[:1]))
+
+
+def found_scores(model, inputs):
+    with torch.no_grad():
+        return model(inputs)[0]["instances"].scores
 
 
 @pytest.mark.parametrize("branch", [0, 1])
