@@ -64,7 +64,7 @@ def by_hand(model, memory):
         ratio = memory.valid_ratios  # x, y per level
         scaled = reference[:, :, None] * torch.cat([ratio, ratio], dim=-1)[:, None]
         rows = [
-            [sum((sines(float(box[k]), C // 2) for k in (1, 0, 2, 3)), []) for box in image]
+            [[x for k in (1, 0, 2, 3) for x in sines(float(box[k]), C // 2)] for box in image]
             for image in scaled[:, :, 0]
         ]
         position = perceptron(torch.tensor(rows))

@@ -14,7 +14,7 @@ from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
 from detectron2.modeling.poolers import ROIPooler
 from detectron2.modeling.roi_heads import FastRCNNConvFCHead
-from detectron2.modeling.roi_heads.fast_rcnn import fast_rcnn_inference
+from detectron2.modeling.roi_heads.fast_rcnn import fast_rcnn_inference_single_image
 from detectron2.structures import Instances
 from torch import Tensor, nn
 
@@ -280,10 +280,38 @@ class FasterRCNNHead(AuxiliaryHead):
         deltas = deltas.view(images, count, -1, 4)
         boxes = self.coder.decode(proposals.boxes[:, :, None], deltas)
         boxes = clip(boxes, limits[:, None]).flatten(2)
-        detections, _ = fast_rcnn_inference(
-            list(boxes.unbind()),
-            list(scores.view(images, count, -1).unbind()),
-            [tuple(size) for size in image_sizes],
-            *self.detection,
+        scores = scores.view(images, count, -1)
+        return [best_regions(*each, *self.detection) for each in zip(boxes, scores, image_sizes)]
+
+
+def best_regions(
+    boxes: Tensor,
+    scores: Tensor,
+    image_size: tuple[int, int],
+    score_threshold: float,
+    nms_threshold: float,
+    max_detections: int,
+    *,
+    first: int = 50,
+) -> Instances:
+    """Return what Detectron2's inference of an image does, from few of the pairs of region and
+    class: what is not among the best has no say in what the best ones suppress, and there may be
+    millions.
+
+    Args:
+        boxes: ``(P, 4 K or 4)``
+        scores: ``(P, K + 1)``
+        first: pairs per detection to begin with
+    """
+    ranked = scores[:, :-1].flatten()
+    count = first * max_detections
+    while True:
+        lowest = score_threshold
+        if count < len(ranked):
+            lowest = max(score_threshold, float(ranked.topk(count).values[-1]))
+        found, _ = fast_rcnn_inference_single_image(
+            boxes, scores, tuple(image_size), lowest, nms_threshold, max_detections
         )
-        return detections
+        if len(found) == max_detections or lowest == score_threshold:
+            return found
+        count *= 8
