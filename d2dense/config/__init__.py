@@ -4,6 +4,7 @@ saved alike.
 
 from .defaults import add_d2dense_config, get_cfg
 from .loading import apply, build_model, check_device, dump, kind_of, load, resolve_device, save
+from .multi_scale import for_tests, is_multi_scale
 
 __all__ = [
     "add_d2dense_config",
@@ -11,7 +12,9 @@ __all__ = [
     "build_model",
     "check_device",
     "dump",
+    "for_tests",
     "get_cfg",
+    "is_multi_scale",
     "kind_of",
     "load",
     "resolve_device",

@@ -65,6 +65,18 @@ def train(**changes) -> DictConfig:
             "checkpointer": {"period": 5000, "max_to_keep": 0},  # 0 keeps all
             "eval_period": 0,
             "log_period": 20,
+            "test_aug": {  # several sizes in --eval-only and predictions, modeling/multi_scale.py
+                "enabled": False,
+                "min_sizes": [400, 500, 600, 700, 800, 900, 1000, 1100, 1200],
+                "max_size": 4000,
+                "flip": True,
+                "method": "linear",  # or "gaussian"
+                "iou": 0.5,
+                "sigma": 0.5,
+                "min_score": 1e-3,
+                "voting_iou": None,
+                "max_detections": 300,
+            },
             "best": {"metric": "", "mode": "max"},
             "early_stop_patience": 0,
             "channels_last": False,

@@ -153,6 +153,15 @@ def _add_run_keys(cfg: CN) -> None:
     cfg.TEST.BEST_MODE = "max"
     # Evaluations without a new best before the run stops; 0 is off.
     cfg.TEST.EARLY_STOP_PATIENCE = 0
+    # With Detectron2's AUG.ENABLED, --eval-only and predictions see the original image at several
+    # sizes; a detector's boxes become one set by soft suppression, "linear" from an IoU on or
+    # "gaussian", and by box voting at VOTING_IOU (None: not). See modeling/multi_scale.py.
+    cfg.TEST.AUG.METHOD = "linear"
+    cfg.TEST.AUG.IOU = 0.5
+    cfg.TEST.AUG.SIGMA = 0.5
+    cfg.TEST.AUG.MIN_SCORE = 1e-3
+    cfg.TEST.AUG.VOTING_IOU = None
+    cfg.TEST.AUG.MAX_DETECTIONS = 300
     # META_ARCHITECTURE "Segmenter" goes over an image in windows of WINDOW (height, width) pixels,
     # STRIDE apart (() for two thirds of the window), at most MAX_WINDOWS at once; a WINDOW of ()
     # is the whole image. The arguments are explained in modeling/semantic_inference.py.

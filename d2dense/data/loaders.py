@@ -216,11 +216,20 @@ def train_from_cfg(cfg: CfgNode, start_batch: int = 0) -> torchdata.DataLoader:
     )
 
 
-def test_from_cfg(cfg: CfgNode, name: str) -> torchdata.DataLoader:
-    """Build the loader of the test set ``name`` of a yacs config."""
+def test_from_cfg(
+    cfg: CfgNode,
+    name: str,
+    *,
+    resize: bool = True,  # noqa: PT028 (no test)
+) -> torchdata.DataLoader:
+    """Build the loader of the test set ``name`` of a yacs config.
+
+    Args:
+        resize: to the config's test size; without, images keep their own.
+    """
     return build_test_loader(
         dataset=name,
-        mapper=mappers.from_cfg(cfg, is_train=False),
+        mapper=mappers.from_cfg(cfg, is_train=False, resize=resize),
         batch_size=cfg.DATALOADER.TEST_BATCH_SIZE,
         num_workers=cfg.DATALOADER.NUM_WORKERS,
     )

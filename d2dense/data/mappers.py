@@ -305,8 +305,13 @@ class SemanticMapper:
         return record
 
 
-def from_cfg(cfg: CfgNode, is_train: bool) -> Callable[[dict[str, Any]], dict[str, Any]]:
+def from_cfg(
+    cfg: CfgNode, is_train: bool, *, resize: bool = True
+) -> Callable[[dict[str, Any]], dict[str, Any]]:
     """Build the mapper that ``INPUT.MAPPER`` names.
+
+    Args:
+        resize: False leaves images for tests in their own size.
 
     Raises:
         UserError: an unknown recipe, or keypoints or proposals from files, which it does not read.
@@ -324,6 +329,8 @@ def from_cfg(cfg: CfgNode, is_train: bool) -> Callable[[dict[str, Any]], dict[st
         raise UserError(f"INPUT.MAPPER = {name!r}, expected {known}{nearest(name, known)}")
     if is_train:
         steps = _RECIPES[name](cfg)
+    elif not resize:
+        steps = []
     else:
         steps = recipes.default(
             is_train=False, min_size=cfg.INPUT.MIN_SIZE_TEST, max_size=cfg.INPUT.MAX_SIZE_TEST

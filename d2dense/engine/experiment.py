@@ -57,6 +57,7 @@ class Experiment(abc.ABC):
     Attributes:
         cfg: the resolved config (custom datasets in place, class counts as numbers).
         settings: what the trainer reads.
+        multi_scale: test loaders give images of their own size, see :meth:`for_tests`.
     """
 
     def __init__(
@@ -69,12 +70,18 @@ class Experiment(abc.ABC):
             self._set_train_names([])
         self.cfg = classes.resolve_class_counts(self.cfg)
         self._set_train_names(train_names)
+        # evaluations during a training see images at one size, in a small part of the time
+        self.multi_scale = not training and config.is_multi_scale(self.cfg)
         self._set_device(None if device is None else config.check_device(device))
         self.settings = self._read_settings()
 
     def build_model(self) -> nn.Module:
         """Return the model with fresh weights on the run's device, in training mode."""
         return config.build_model(self.cfg, device=self.settings.device)
+
+    def for_tests(self, model: nn.Module) -> nn.Module:
+        """Return what is evaluated of ``model``: itself, or it at several sizes."""
+        return config.for_tests(self.cfg, model) if self.multi_scale else model
 
     @property
     @abc.abstractmethod
@@ -196,7 +203,7 @@ class YamlExperiment(Experiment):
         return loaders.train_from_cfg(cfg, start_batch=start_batch)
 
     def build_test_loader(self, name: str):
-        return loaders.test_from_cfg(self.cfg, name)
+        return loaders.test_from_cfg(self.cfg, name, resize=not self.multi_scale)
 
     def build_evaluator(self, name: str, output_dir: str | None):
         test = self.cfg.TEST.SEM_SEG
@@ -356,7 +363,10 @@ class LazyExperiment(Experiment):
         return instantiate(node)
 
     def build_test_loader(self, name: str):
-        return instantiate(self._for_test_set(name).test)
+        node = self._for_test_set(name).test
+        if self.multi_scale:
+            node.mapper.augmentations = []
+        return instantiate(node)
 
     def build_evaluator(self, name: str, output_dir: str | None):
         node = OmegaConf.select(self._for_test_set(name), "evaluator")

@@ -64,7 +64,7 @@ def evaluate_model(
     folder = os.path.join(experiment.settings.output_dir, "inference")
     with random_state.isolated(), explained_shortage("in the evaluation", evaluation_levers()):
         return evaluate(
-            model,
+            experiment.for_tests(model),
             {name: experiment.build_test_loader(name) for name in names},
             {name: experiment.build_evaluator(name, os.path.join(folder, name)) for name in names},
             should_stop=should_stop,

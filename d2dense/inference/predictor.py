@@ -36,7 +36,8 @@ class Predictor:
 
     Attributes:
         cfg: the resolved config.
-        model: on ``device``, in eval mode.
+        model: on ``device``, in eval mode; where the config asks for several sizes in tests, a
+            :class:`~d2dense.modeling.MultiScaleDetector` of it.
         metadata: class names and colours of the config's first test set; without names where the
             config's data sets are not known here.
     """
@@ -72,6 +73,8 @@ class Predictor:
         self.cfg, self.device, own_weights, allow_pickle, names = _resolve(cfg, device)
         self.metadata = _metadata(names)
         self.augmentations, self.image_format = _preprocessing(self.cfg)
+        if config.is_multi_scale(self.cfg):  # the model resizes
+            self.augmentations = T.AugmentationList([])
         self.model = config.build_model(self.cfg, device=self.device)
         path = weights if weights is not None else _usable(own_weights, overrides)
         if path:
@@ -79,7 +82,7 @@ class Predictor:
             report.require_complete()
         else:
             logger.warning("no weights given: the model is untrained and predicts at random")
-        self.model.eval()
+        self.model = config.for_tests(self.cfg, self.model.eval())
 
     def __call__(self, pictures: Picture | Sequence[Picture]) -> dict | list[dict]:
         """Predict.

@@ -22,6 +22,7 @@ from .classification import CLASSIFIER_REGISTRY, ImageClassifier, timm_classifie
 from .detr import DeformableDETR
 from .late_stride_resnet import LateStrideResNet
 from .matcher import LOW_QUALITY_MATCHES, AnchorMatcher
+from .multi_scale import MultiScaleDetector
 from .region_predictor import RegionPredictor
 from .retinanet import LOSS_NORMALIZERS, BatchRetinaNet
 from .segmenter import Segmenter
@@ -45,6 +46,7 @@ __all__ = [
     "FlexibleCascadeROIHeads",
     "ImageClassifier",
     "LateStrideResNet",
+    "MultiScaleDetector",
     "PyramidPooling",
     "RegionPredictor",
     "Segmenter",
