@@ -41,6 +41,7 @@ from .figures import make_folder, save, save_picture
 from .quality import Objects
 
 __all__ = [
+    "THRESHOLDS",
     "ForegroundCurve",
     "Levels",
     "discriminability_report",
@@ -51,6 +52,11 @@ __all__ = [
 ]
 
 _WIDTH = 3.0  # of a picture, in inches
+# Even steps, and eight per factor of two towards both ends: normalised features are nearly equally
+# strong everywhere, attention is nearly nowhere, and either has a curve.
+_EVEN = relative_thresholds(200)
+_CLOSE = 2.0 ** (torch.arange(-20 * 8, -2 * 8).double() / 8)
+THRESHOLDS = torch.cat([_EVEN, _CLOSE, 1 - _CLOSE]).unique()
 
 
 @dataclass(frozen=True)
@@ -150,12 +156,12 @@ class ForegroundCurve:
     """IoF and IoB at thresholds from 0 to 1 (equation 8), means over the images.
 
     Args:
-        steps: between the thresholds 0 and 1
+        thresholds: ``(T,)``, rising from 0 to 1
     """
 
-    def __init__(self, *, steps: int = 200):
-        self.thresholds = relative_thresholds(steps)
-        self._inside, self._outside = AreaCurve(self.thresholds), AreaCurve(self.thresholds)
+    def __init__(self, thresholds: Tensor = THRESHOLDS):
+        self.thresholds = thresholds
+        self._inside, self._outside = AreaCurve(thresholds), AreaCurve(thresholds)
 
     def add(self, scores: Tensor, inside: Tensor) -> None:
         """Add an image; one without foreground, or without background, counts for the other only.
@@ -192,14 +198,12 @@ def discriminability_report(
     *,
     levels: Callable[[nn.Module, Mapping[str, Any]], Levels] = encoder_levels,
     pictures: int = 4,
-    steps: int = 200,
 ) -> dict[str, float]:
     """Write ``iof_iob.png/.csv``, ``summary.json`` with the areas under the curves, and under
     ``maps/`` the score maps of the first images.
 
     Args:
         levels: what of a model's view of an image is scored
-        steps: see :class:`ForegroundCurve`
 
     Returns:
         The areas by detector.
@@ -209,7 +213,7 @@ def discriminability_report(
     """
     folder = make_folder(output)
     maps_folder = make_folder(folder / "maps") if pictures > 0 else folder
-    curves = {each.name: ForegroundCurve(steps=steps) for each in detectors}
+    curves = {each.name: ForegroundCurve() for each in detectors}
     streams = [each.labelled_images(records) for each in detectors]
     for index, samples in enumerate(zip(*streams)):
         found = {}
@@ -240,7 +244,7 @@ def _report(folder: Path, curves: Mapping[str, ForegroundCurve], images: int) ->
     columns = [each for curve in curves.values() for each in (curve.iof, curve.iob)]
     thresholds = next(iter(curves.values())).thresholds
     rows = (
-        [f"{threshold:.6g}", *(f"{value:.8f}" for value in values)]
+        [f"{threshold:.8g}", *(f"{value:.8f}" for value in values)]
         for threshold, *values in zip(thresholds.tolist(), *(each.tolist() for each in columns))
     )
     header = ["S", *(f"{name}: {share}" for name in curves for share in ("IoF", "IoB"))]
@@ -251,7 +255,9 @@ def _report(folder: Path, curves: Mapping[str, ForegroundCurve], images: int) ->
 
 
 def _draw_maps(path: Path, record: Mapping[str, Any], found: Mapping[str, np.ndarray]) -> None:
-    """Draw the image with its objects, and beside it the score map of every model."""
+    """Draw the image with its objects, and beside it every model's score map, in colours
+    from its own smallest to its largest value.
+    """
     image = read_image(dict(record), "RGB")
     height, width = image.shape[:2]
     columns = 1 + len(found)
@@ -262,8 +268,8 @@ def _draw_maps(path: Path, record: Mapping[str, Any], found: Mapping[str, np.nda
     for x0, y0, x1, y1 in Objects.of(record).boxes:
         first.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor="red"))
     for axes, (name, scores) in zip(others, found.items()):
-        axes.imshow(scores, cmap="inferno", vmin=0, vmax=1, extent=(0, width, height, 0))
-        axes.set_title(name, fontsize=9)
+        axes.imshow(scores, cmap="inferno", extent=(0, width, height, 0))
+        axes.set_title(f"{name}: {scores.min():.3f} to {scores.max():.3f}", fontsize=8)
     for axes in (first, *others):
         axes.set_axis_off()
     save_picture(path, figure, dpi=100)

@@ -16,6 +16,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
@@ -125,10 +126,9 @@ def distance_report(
     figure.colorbar(shown, ax=axes, shrink=0.7, label="KL (row || column)")
     axes.set_xticks(range(len(names)), names, rotation=45, ha="right", fontsize=8)
     axes.set_yticks(range(len(names)), names, fontsize=8)
-    for (row, column), value in zip(
-        ((r, c) for r in range(len(names)) for c in range(len(names))), mean.flatten().tolist()
-    ):
-        axes.text(column, row, f"{value:.2f}", color="white", ha="center", va="center", fontsize=7)
+    for (row, column), value in np.ndenumerate(mean.numpy()):
+        colour = "black" if value > float(mean.max()) / 2 else "white"
+        axes.text(column, row, f"{value:.2f}", color=colour, ha="center", va="center", fontsize=7)
     save_picture(folder / "head_distance.png", figure)
     rows = [
         [name, *(f"{value:.6f}" for value in row), f"{own[name]:.6f}" if name in own else ""]

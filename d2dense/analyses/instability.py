@@ -78,7 +78,7 @@ def instability_report(
         found[name] = values
         images = len(by_checkpoint[checkpoints[0]])
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set(xlabel="checkpoint", ylabel="queries with another object")
+    axes.set(ylim=(0, None), xlabel="checkpoint", ylabel="queries with another object")
     header = ["model", "checkpoint", "before", "after", "instability"]
     save(folder / "instability", axes.figure, header, rows)
     summary = {"images": images, "instability": found}

@@ -69,7 +69,7 @@ def test_foreground_against_loops_over_pixels():
 
 def test_worked_example_of_two_images():
     """Shares above 0, 1/4, 1/2, 3/4 and 1, of foreground and background."""
-    curve = ForegroundCurve(steps=4)
+    curve = ForegroundCurve(torch.linspace(0, 1, 5).double())
     inside = torch.tensor([[True, True, False, False]])
     curve.add(torch.tensor([[1.0, 0.5, 0.5, 0.1]]), inside)
     assert curve.iof.tolist() == [1, 1, 0.5, 0.5, 0]
@@ -82,7 +82,7 @@ def test_worked_example_of_two_images():
 
 
 def test_an_image_without_background_counts_for_the_foreground_only():
-    curve = ForegroundCurve(steps=2)
+    curve = ForegroundCurve(torch.linspace(0, 1, 3).double())
     curve.add(torch.tensor([[0.6, 0.0]]), torch.tensor([[True, False]]))
     curve.add(torch.tensor([[0.6, 0.0]]), torch.tensor([[True, True]]))
     assert curve.iof.tolist() == [0.75, 0.75, 0]
@@ -92,17 +92,19 @@ def test_an_image_without_background_counts_for_the_foreground_only():
 def test_area_of_perfect_of_blind_and_of_reversed_scores():
     inside = torch.rand(20, 20) < 0.3
     scores = torch.rand(20, 20) * 0.9 + 0.05
+    normalised = 1 - 1e-3 * (1 - scores)  # as of features that a norm has made equally long
     areas = []
-    for each in (inside.float(), torch.full((20, 20), 0.5), scores, (~inside).float()):
-        curve = ForegroundCurve(steps=1000)
+    for each in (inside.float(), torch.full((20, 20), 0.5), (~inside).float(), scores, normalised):
+        curve = ForegroundCurve()
         curve.add(each, inside)
         areas.append(curve.area_under)
     assert areas[0] == 1
     assert areas[1] == 0.5
+    assert areas[2] == 0
     # the chance that a pixel of an object has the larger score
     pairs = (scores[inside][:, None] > scores[~inside]).double().mean()
-    assert areas[2] == pytest.approx(float(pairs), abs=2e-3)
-    assert areas[3] == 0
+    assert areas[3] == pytest.approx(float(pairs), abs=5e-3)
+    assert areas[4] == pytest.approx(float(pairs), abs=1e-2)
 
 
 @pytest.mark.parametrize("name", [RETINANET, FASTER])
@@ -146,12 +148,14 @@ def read(path):
 
 
 def test_the_command_on_two_kinds_of_detectors(codetr_tool, shapes_data, save_weights, tmp_path):
-    command = [*shapes_data, "--device", "cpu", "--num", "2", "--pictures", "1", "--steps", "20"]
+    command = [*shapes_data, "--device", "cpu", "--num", "2", "--pictures", "1"]
     for name in (DETR, RETINANET):
         command += ["--config-file", name, "--weights", save_weights(name)]
     assert codetr_tool("discriminability")([*command, "--output", str(tmp_path)]) == 0
     rows = read(tmp_path / "iof_iob.csv")
-    assert [float(row["S"]) for row in rows] == pytest.approx(np.linspace(0, 1, 21))
+    thresholds = [float(row["S"]) for row in rows]
+    assert thresholds == sorted(thresholds)
+    assert (thresholds[0], thresholds[-1]) == (0, 1)
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["images"] == 2
     for name in (DETR, RETINANET):

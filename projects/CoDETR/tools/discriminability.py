@@ -30,9 +30,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--source", choices=SOURCES, default="encoder", help="what is scored")
     add("--num", type=int, help="images to use, the first ones that have objects")
     add("--pictures", type=int, default=4, help="of how many images maps are drawn")
-    add("--steps", type=int, default=200, help="of the threshold")
     args = parser.parse_intermixed_args(argv)
-    command.at_least_one(args, "num", "steps")
+    command.at_least_one(args, "num")
     return args
 
 
@@ -45,7 +44,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.output,
         levels=SOURCES[args.source],
         pictures=args.pictures,
-        steps=args.steps,
     )
     for name, area in areas.items():
         print(f"{name}: area under the IoF-IoB curve {area:.4f}")
