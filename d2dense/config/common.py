@@ -60,7 +60,13 @@ def train(**changes) -> DictConfig:
                 "clip_value": 1.0,
                 "norm_type": 2.0,
             },
-            "ema": {"enabled": False, "decay": 0.9998, "warmup": False, "eval": True},
+            "ema": {
+                "enabled": False,
+                "decay": 0.9998,
+                "warmup": False,
+                "time_constant": 0.0,  # of another warm-up, in steps
+                "eval": True,
+            },
             "ddp": {"find_unused_parameters": False},
             "checkpointer": {"period": 5000, "max_to_keep": 0},  # 0 keeps all
             "eval_period": 0,

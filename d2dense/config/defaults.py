@@ -123,9 +123,10 @@ def _add_solver_keys(cfg: CN) -> None:
     cfg.SOLVER.LR_SCALING = CN({"RULE": "none", "REFERENCE_BATCH": 16})
     # How many periodic checkpoints stay; 0 keeps all.
     cfg.SOLVER.CHECKPOINT_KEEP = 0
-    # Exponential moving average of the weights: decay per step, ramped up when WARMUP, used in
-    # evaluation when EVAL.
+    # Exponential moving average of the weights: decay per step, ramped up when WARMUP or else by a
+    # TIME_CONSTANT in steps (0: not), see engine/ema.py; used in evaluation when EVAL.
     cfg.SOLVER.EMA = CN({"ENABLED": False, "DECAY": 0.9998, "WARMUP": False, "EVAL": True})
+    cfg.SOLVER.EMA.TIME_CONSTANT = 0.0
 
 
 def _add_run_keys(cfg: CN) -> None:

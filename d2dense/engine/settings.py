@@ -20,6 +20,8 @@ class RunSettings:
         accumulation_steps: batches per optimizer step; each holds the global batch divided by this
         number.
         clip_type: ``value``, ``norm`` (of each parameter, as Detectron2 has it) or ``full_model``.
+        ema_warmup, ema_time_constant: two ways to start with short averages, see
+            :class:`~d2dense.engine.ema.ModelEMA`; 0 for none.
         checkpoint_keep: periodic checkpoints that stay, 0 for all.
         best_metric: ``task/metric``, or ``test_set/task/metric`` with several test sets; empty for
         none.
@@ -58,6 +60,7 @@ class RunSettings:
     ema_enabled: bool = False
     ema_decay: float = 0.9998
     ema_warmup: bool = False
+    ema_time_constant: float = 0.0
     ema_eval: bool = True
     channels_last: bool = False
     compile: bool = False
@@ -98,6 +101,11 @@ class RunSettings:
         ):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} = {getattr(self, name)}, expected a positive number")
+        if self.ema_time_constant < 0 or (self.ema_warmup and self.ema_time_constant):
+            raise UserError(
+                f"ema_time_constant = {self.ema_time_constant}, ema_warmup = {self.ema_warmup}: "
+                "expected a number from 0, and only one of both (SOLVER.EMA / train.ema)"
+            )
         if self.seed >= _SEEDS:
             raise UserError(
                 f"seed = {self.seed}, expected a number below {_SEEDS}, or -1 for a new one "

@@ -344,7 +344,12 @@ class Trainer(TrainerBase):
         _share_buffers(self.model)  # wrapping shares the parameters only
         self.ema = None
         if settings.ema_enabled:  # after wrapping, which gives all processes the same weights
-            self.ema = ModelEMA(self.model, decay=settings.ema_decay, warmup=settings.ema_warmup)
+            self.ema = ModelEMA(
+                self.model,
+                decay=settings.ema_decay,
+                warmup=settings.ema_warmup,
+                time_constant=settings.ema_time_constant,
+            )
 
     def _build_model(self, *, load: bool) -> nn.Module:
         settings = self.settings

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import nn
 
 from d2dense.engine.ema import ModelEMA
+from d2dense.engine.settings import RunSettings
+from d2dense.errors import UserError
 
 
 def model():
@@ -45,6 +49,32 @@ def test_average_equals_the_recurrence(warmup):
         torch.testing.assert_close(ema.weights[name], value, rtol=1e-5, atol=1e-6)
     assert ema.weights["1.num_batches_tracked"] == 6
     assert not torch.allclose(ema.weights["0.weight"], net.state_dict()["0.weight"])
+
+
+def test_a_time_constant_gives_the_published_momentum():
+    """Momentum (1 - 1e-4) exp(-(1 + t) / 2000) + 1e-4 of the new weights, for norms' buffers too."""
+    net = model()
+    ema = ModelEMA(net, decay=0.9999, time_constant=2000.0)
+    expected = {k: v.double().clone() for k, v in net.state_dict().items()}
+
+    def after_step(step):
+        ema.update()
+        momentum = (1 - 1e-4) * math.exp(-(1 + step) / 2000) + 1e-4
+        for name, value in net.state_dict().items():
+            expected[name] = (1 - momentum) * expected[name] + momentum * value.double()
+
+    train(net, 5, after_step)
+    ema.updates = 6000  # much later
+    train(net, 3, lambda step: after_step(6000 + step))
+    for name in ("0.weight", "0.bias", "1.weight", "1.running_mean", "1.running_var"):
+        torch.testing.assert_close(ema.weights[name].double(), expected[name], rtol=1e-5, atol=1e-7)
+
+
+def test_one_start_at_a_time():
+    with pytest.raises(ValueError, match="time constant"):
+        ModelEMA(model(), decay=0.9, warmup=True, time_constant=10.0)
+    with pytest.raises(UserError, match=r"SOLVER.EMA / train.ema"):
+        RunSettings(output_dir="", max_iter=1, ema_warmup=True, ema_time_constant=1.0)
 
 
 def test_applied_swaps_in_and_back_also_after_an_error():

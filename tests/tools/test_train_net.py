@@ -84,6 +84,7 @@ FIELDS = {
     "ema_enabled": ("SOLVER.EMA.ENABLED", "train.ema.enabled", False),
     "ema_decay": ("SOLVER.EMA.DECAY", "train.ema.decay", 0.5),
     "ema_warmup": ("SOLVER.EMA.WARMUP", "train.ema.warmup", False),
+    "ema_time_constant": ("SOLVER.EMA.TIME_CONSTANT", "train.ema.time_constant", 700.0),
     "ema_eval": ("SOLVER.EMA.EVAL", "train.ema.eval", False),
     "channels_last": ("TRAIN.CHANNELS_LAST", "train.channels_last", False),
     "compile": ("TRAIN.COMPILE", "train.compile", True),

@@ -13,5 +13,5 @@ model = nodes.co_dino_vit_large()
 dataloader = coco(min_sizes=range(480, 1537, 32), max_size=2400, test_size=(1280, 2048))
 optimizer = adamw_vit()
 train, lr_multiplier = schedule(12, 7, init="", warmup_iters=500)
-train.ema = {"enabled": True, "decay": 0.9999, "warmup": True, "eval": True}
+train.ema = {"enabled": True, "decay": 0.9999, "time_constant": 2000.0, "eval": True}
 train.activation_checkpointing = True
