@@ -52,7 +52,7 @@ def test_average_equals_the_recurrence(warmup):
 
 
 def test_a_time_constant_gives_the_published_momentum():
-    """Momentum (1 - 1e-4) exp(-(1 + t) / 2000) + 1e-4 of the new weights, for norms' buffers too."""
+    """(1 - 1e-4) exp(-(1 + t) / 2000) + 1e-4 of the new weights, of norms' buffers too."""
     net = model()
     ema = ModelEMA(net, decay=0.9999, time_constant=2000.0)
     expected = {k: v.double().clone() for k, v in net.state_dict().items()}
@@ -63,9 +63,9 @@ def test_a_time_constant_gives_the_published_momentum():
         for name, value in net.state_dict().items():
             expected[name] = (1 - momentum) * expected[name] + momentum * value.double()
 
-    train(net, 5, after_step)
+    train(net, 3, after_step)
     ema.updates = 6000  # much later
-    train(net, 3, lambda step: after_step(6000 + step))
+    train(net, 2, lambda step: after_step(6000 + step))
     for name in ("0.weight", "0.bias", "1.weight", "1.running_mean", "1.running_var"):
         torch.testing.assert_close(ema.weights[name].double(), expected[name], rtol=1e-5, atol=1e-7)
 
