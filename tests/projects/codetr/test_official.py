@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from codetr import official, official_names
-from d2dense import checkpoint
+from d2dense import checkpoint, config, model_zoo
 from d2dense.errors import UserError
 from tests.projects.codetr import official_weights as rules
+from tools import convert_checkpoint
 
 pytestmark = pytest.mark.skipif(not rules.NAMES.is_file(), reason=f"no {rules.NAMES}")
 recorded = pytest.mark.skipif(not rules.FOLDER.is_dir(), reason=f"no {rules.FOLDER}")
@@ -211,3 +212,39 @@ def _check_norms(model, keys, expected):
             assert found[key] is None or float(found[key].norm()) == 0, key
         elif norm > 1e-6 * largest:
             assert float(found[key].norm()) == pytest.approx(norm, rel=1e-3), key
+
+
+# ------------------------------------------------ the tool
+
+
+@pytest.mark.parametrize(
+    ("name", "heads"), [("co_dino_5scale_r50_1x", 2), ("dino_5scale_r50_1x", 0)]
+)
+def test_the_tool_converts_for_detectors_with_heads_and_without(name, heads, tmp_path, capsys):
+    """All official tensors, those that are computed too, as in a published file."""
+    weights = rules.weights("co_dino_5scale_r50_1x")
+    counts = {
+        key: torch.tensor(7)
+        for key, (_, dtype) in rules.tables()["co_dino_5scale_r50_1x"].items()
+        if dtype == "int64"
+    }
+    checkpoint.write(tmp_path / "theirs.pth", {"state_dict": weights | counts})
+    files = [str(tmp_path / "theirs.pth"), str(tmp_path / "ours.pth")]
+    convert_checkpoint.main(["--source", "codetr", "--config-file", f"CoDETR/{name}", *files])
+    assert "0 tensors in the model, not in the file" in capsys.readouterr().out
+    model = model_zoo.get_model(f"CoDETR/{name}", weights=files[1])
+    assert len(getattr(model, "auxiliary_heads", ())) == heads
+    back = official.state_dict(model)
+    assert set(back) <= set(weights) | set(counts)
+    assert all(torch.equal(back[key], weights[key]) for key in set(back) & set(weights))
+    aside = [key for key in weights if key not in back]
+    assert bool(aside) != bool(heads)
+    assert all(re.match(TRAINING_ONLY, key) for key in aside)
+
+
+def test_models_without_official_names_are_one_line():
+    with torch.device("meta"):
+        cfg = model_zoo.get_config("CoDETR/deformable_detr_r50_1x")
+        model = config.build_model(cfg, device="meta")
+    with pytest.raises(UserError, match="codetr has names for Co-DETRs on"):
+        official.state_dict(model)
