@@ -12,12 +12,14 @@ from .conversion import (
 )
 from .files import DamagedError, read, write
 from .folder import CheckpointFolder
+from .rows import KeptRows
 from .weights import LoadReport, load_weights
 
 __all__ = [
     "CheckpointFolder",
     "Correspondence",
     "DamagedError",
+    "KeptRows",
     "LoadReport",
     "convert",
     "convert_back",

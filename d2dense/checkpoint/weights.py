@@ -15,6 +15,7 @@ from torch import nn
 from d2dense.errors import UserError
 
 from . import conversion, files
+from .rows import KeptRows
 
 __all__ = ["LoadReport", "load_weights"]
 
@@ -34,6 +35,7 @@ class LoadReport:
         missing: names of the model that the file lacks; they keep their values.
         unexpected: names in the file that the model lacks.
         misshaped: (name, shape in the file, shape in the model); they keep their values.
+        partial: (name, rows that were loaded, rows of the model).
         share: how much of the model's parameters was loaded, from 0 to 1.
     """
 
@@ -43,10 +45,11 @@ class LoadReport:
     unexpected: tuple[str, ...]
     misshaped: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...]
     share: float
+    partial: tuple[tuple[str, int, int], ...] = ()
 
     def log(self) -> None:
         """Log one line of counts and one per kind of name, and tensor, that was not used."""
-        total = len(self.used) + len(self.missing) + len(self.misshaped)
+        total = len(self.used) + len(self.missing) + len(self.misshaped) + len(self.partial)
         logger.info(
             "%s: %d of the model's %d tensors loaded, %.1f %% of its parameters",
             self.path,
@@ -58,6 +61,8 @@ class LoadReport:
             logger.warning(
                 "%s starts afresh: shape %s in the file, %s in the model", name, found, expected
             )
+        for name, rows, of in self.partial:
+            logger.warning("%s: %d of its %d rows are the file's", name, rows, of)
         if self.missing:
             logger.warning("not in the file: %s", _shortened(self.missing, 20))
         if self.unexpected:
@@ -111,6 +116,7 @@ def load_weights(
     *,
     allow_pickle: bool = False,
     reinit_misshaped: bool = True,
+    kept_rows: KeptRows | None = None,
 ) -> LoadReport:
     """Load the weights of a checkpoint or a bare state dict into ``model`` and log a report.
 
@@ -122,6 +128,7 @@ def load_weights(
         reinit_misshaped: tensors of another shape (the predictors of another number of classes)
             keep their values in ``model`` and are reported; False makes them an error before
             anything is loaded. To evaluate, :meth:`LoadReport.require_complete` is the check.
+        kept_rows: which rows of such tensors are loaded all the same; None: none.
 
     Raises:
         UserError: missing, damaged or refused file, a tensor of another shape, not a single
@@ -144,12 +151,13 @@ def load_weights(
         weights = {name.removeprefix("module."): value for name, value in weights.items()}
     weights = _as_own(weights, model, str(path))
 
+    partial = _partial(weights, own, kept_rows)
     misshaped = tuple(
         (name, tuple(value.shape), tuple(own[name].shape))
         for name, value in weights.items()
-        if name in own and value.shape != own[name].shape
+        if name in own and value.shape != own[name].shape and name not in partial
     )
-    skipped = {name for name, _, _ in misshaped}
+    skipped = {name for name, _, _ in misshaped} | set(partial)
     used = {name: value for name, value in weights.items() if name in own and name not in skipped}
     report = LoadReport(
         path=str(path),
@@ -158,6 +166,7 @@ def load_weights(
         unexpected=tuple(_relevant(name for name in weights if name not in own)),
         misshaped=misshaped,
         share=_share(model, set(used)),
+        partial=tuple((name, rows, len(value)) for name, (value, rows) in partial.items()),
     )
     if not reinit_misshaped:
         report.require_shapes()
@@ -166,9 +175,24 @@ def load_weights(
             f"{path} fits nothing in {type(model).__name__}: the file has "
             f"{_shortened(list(weights), 3)}; the model has {_shortened(list(own), 3)}"
         )
-    model.load_state_dict(used, strict=False)
+    rows = {name: value for name, (value, _) in partial.items()}
+    model.load_state_dict(used | rows, strict=False)
     report.log()
     return report
+
+
+def _partial(
+    weights: Mapping[str, torch.Tensor],
+    own: Mapping[str, torch.Tensor],
+    kept_rows: KeptRows | None,
+) -> dict[str, tuple[torch.Tensor, int]]:
+    """Return what is loaded in part: the model's tensor with the file's rows, and how many."""
+    if kept_rows is None:
+        return {}
+    shapes = {name: value.shape for name, value in weights.items()}
+    other = [name for name in weights if name in own and shapes[name] != own[name].shape]
+    found = {name: kept_rows(name, weights[name], own[name]) for name in other}
+    return {name: each for name, each in found.items() if each is not None}
 
 
 def _as_own(

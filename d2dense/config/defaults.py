@@ -144,8 +144,11 @@ def _add_run_keys(cfg: CN) -> None:
     # MAX_SKIPS times.
     cfg.TRAIN.NON_FINITE = CN({"POLICY": "raise", "MAX_SKIPS": 20})
     # Initial weights of another shape (other classes) keep their fresh values instead of being an
-    # error.
+    # error; of queries the rows that both have are loaded.
     cfg.TRAIN.REINIT_MISSHAPED = False
+    # The same, but what belongs to classes is loaded by their names: a data set, or an annotation
+    # file, with the classes of the initial weights (checkpoint/rows.py).
+    cfg.TRAIN.INIT_CLASSES = ""
     # Pickled model files can run code; they load only with this set.
     cfg.TRAIN.ALLOW_PICKLE = False
     # Metric that decides model_best.pth and early stop, e.g. "bbox/AP" or

@@ -5,6 +5,7 @@ from them.
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Iterator, Sequence
 
 from detectron2.config import CfgNode
@@ -13,9 +14,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from d2dense.errors import UserError
 
-from . import datasets
+from . import coco_format, datasets
 
-__all__ = ["CLASS_COUNT_KEYS", "dataset_classes", "resolve_class_counts"]
+__all__ = ["CLASS_COUNT_KEYS", "class_names", "dataset_classes", "resolve_class_counts"]
 
 # Meta-architecture to the yacs keys that hold its class counts; projects add theirs.
 CLASS_COUNT_KEYS: dict[str, list[str]] = {
@@ -59,6 +60,18 @@ def dataset_classes(names: str | Sequence[str], kind: str = "thing") -> list[str
                 f"{_remedy(names, kind)}"
             )
     return found[first]
+
+
+def class_names(where: str) -> list[str]:
+    """Return the names of the object classes of a registered dataset, or of an annotation file in
+    COCO's format.
+
+    Raises:
+        UserError: neither of both, or a file without categories.
+    """
+    if os.path.isfile(where):
+        return [str(category["name"]) for category in coco_format.read_categories(where)]
+    return dataset_classes(where)
 
 
 def _remedy(names: list[str], kind: str) -> str:

@@ -29,7 +29,10 @@ class RunSettings:
         allow_pickle: also load pickled model files, which can run code.
         reinit_misshaped: weights of ``init_checkpoint`` whose shape differs from the model's (the
             predictors of another number of classes) keep their fresh values instead of being an
-            error.
+            error; of queries, the rows that both have are loaded.
+        init_classes: a data set's name, or an annotation file with COCO's categories: the classes
+            of ``init_checkpoint``. What belongs to a class of the same name is loaded then, and
+            what else differs in shape stays fresh. Empty: their names are not known.
         total_batch_size: images per optimizer step over all processes; 0 where it is not known.
         lr_rule: ``none``, ``linear`` or ``sqrt``: how the learning rates follow
             ``total_batch_size / reference_batch_size``.
@@ -71,6 +74,7 @@ class RunSettings:
     early_stop_patience: int = 0
     allow_pickle: bool = False
     reinit_misshaped: bool = False
+    init_classes: str = ""
     total_batch_size: int = 0
     lr_rule: str = "none"
     reference_batch_size: int = 16

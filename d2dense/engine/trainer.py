@@ -18,6 +18,7 @@ from detectron2.utils.events import EventWriter
 from torch import nn
 
 from d2dense import checkpoint
+from d2dense.data.classes import class_names, dataset_classes
 from d2dense.errors import UserError
 from d2dense.evaluation import evaluate
 from d2dense.layers.sync_norm import replace_sync_norms
@@ -43,7 +44,7 @@ from .step import StepResult, TrainStep
 if TYPE_CHECKING:
     from .experiment import Experiment
 
-__all__ = ["Trainer", "evaluate_model"]
+__all__ = ["Trainer", "evaluate_model", "load_initial_weights"]
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +70,31 @@ def evaluate_model(
             {name: experiment.build_evaluator(name, os.path.join(folder, name)) for name in names},
             should_stop=should_stop,
         )
+
+
+def load_initial_weights(experiment: Experiment, model: nn.Module) -> checkpoint.LoadReport:
+    """Load what the settings say to start from.
+
+    Raises:
+        UserError: as :func:`d2dense.checkpoint.load_weights`; classes that are not known.
+    """
+    settings = experiment.settings
+    may_differ = settings.reinit_misshaped or bool(settings.init_classes)
+    kept = None
+    if settings.init_classes:
+        names = dataset_classes(experiment.train_names)
+        kept = checkpoint.KeptRows(
+            model, file_classes=class_names(settings.init_classes), classes=names
+        )
+    elif may_differ:
+        kept = checkpoint.KeptRows(model)
+    return checkpoint.load_weights(
+        model,
+        settings.init_checkpoint,
+        allow_pickle=settings.allow_pickle,
+        reinit_misshaped=may_differ,
+        kept_rows=kept,
+    )
 
 
 class Trainer(TrainerBase):
@@ -355,12 +381,7 @@ class Trainer(TrainerBase):
         settings = self.settings
         model = self.experiment.build_model()
         if load and settings.init_checkpoint:
-            checkpoint.load_weights(
-                model,
-                settings.init_checkpoint,
-                allow_pickle=settings.allow_pickle,
-                reinit_misshaped=settings.reinit_misshaped,
-            )
+            load_initial_weights(self.experiment, model)
         if comm.get_world_size() > 1 and torch.device(settings.device).type != "cuda":
             replace_sync_norms(model)
         if settings.channels_last:

@@ -103,6 +103,7 @@ FIELDS = {
     "early_stop_patience": ("TEST.EARLY_STOP_PATIENCE", "train.early_stop_patience", 3),
     "allow_pickle": ("TRAIN.ALLOW_PICKLE", "train.allow_pickle", True),
     "reinit_misshaped": ("TRAIN.REINIT_MISSHAPED", "train.reinit_misshaped", True),
+    "init_classes": ("TRAIN.INIT_CLASSES", "train.init_classes", "shapes_train"),
     "total_batch_size": ("SOLVER.IMS_PER_BATCH", "dataloader.train.total_batch_size", 8),
     "lr_rule": ("SOLVER.LR_SCALING.RULE", "train.lr_scaling.rule", "sqrt"),
     "reference_batch_size": (

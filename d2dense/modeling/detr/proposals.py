@@ -98,6 +98,8 @@ class TwoStageQueries(nn.Module):
         prior: initial score of every class
     """
 
+    query_rows = ("content.weight",)
+
     def __init__(
         self,
         *,

@@ -47,6 +47,8 @@ class LearnedQueries(nn.Module):
         channels: C
     """
 
+    query_rows = ("embedding.weight",)
+
     def __init__(self, *, num_queries: int = 300, channels: int = 256):
         super().__init__()
         self.embedding = nn.Embedding(num_queries, 2 * channels)  # position, then content

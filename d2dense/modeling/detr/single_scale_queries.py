@@ -24,6 +24,8 @@ class PointQueries(nn.Module):
         channels: C
     """
 
+    query_rows = ("embedding.weight",)
+
     def __init__(self, *, num_queries: int = 300, channels: int = 256):
         super().__init__()
         self.embedding = nn.Embedding(num_queries, channels)  # of positions
@@ -44,6 +46,8 @@ class AnchorQueries(nn.Module):
         num_queries: Q
         freeze_centres: the centres stay as they were drawn, all over the image
     """
+
+    query_rows = ("centres", "sides")
 
     def __init__(self, *, num_queries: int = 300, freeze_centres: bool = True):
         super().__init__()
