@@ -82,6 +82,8 @@ class DETRCriterion(nn.Module):
         federated: chooses the classes that count in each set of predictions; None: all
     """
 
+    exchanges_in_forward = True  # numbers of objects, over all processes
+
     def __init__(
         self,
         *,
