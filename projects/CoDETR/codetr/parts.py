@@ -60,13 +60,17 @@ def _adapter(
             f"MODEL.CODETR.ADAPTER is {node.ADAPTER!r}; expected one of {', '.join(ADAPTERS)}"
         )
     levels = list(strides)
+    if base.NECK == "simple_pyramid":  # levels around its one map
+        levels = _around(levels[-1])[-base.LEVELS :]
     while len(levels) < base.LEVELS:  # those that the neck adds
         levels.append(2 * levels[-1])
     if node.ADAPTER == "single_scale":
-        stride = levels[-1]
-        around = (stride // 4, stride // 2, stride, 2 * stride, 4 * stride)
-        return SingleScaleAdapter(channels=base.CHANNELS), around
+        return SingleScaleAdapter(channels=base.CHANNELS), tuple(_around(levels[-1]))
     return MultiScaleAdapter(channels=base.CHANNELS), (*levels, 2 * levels[-1])
+
+
+def _around(stride: int) -> list[int]:
+    return [stride // 4, stride // 2, stride, 2 * stride, 4 * stride]
 
 
 def _queries(node: CfgNode, base: CfgNode, heads: int) -> PositiveQueries:

@@ -213,3 +213,15 @@ def test_without_heads_the_detector_is_the_base():
     assert type(inference) is DeformableDETR
     ours, theirs = ({k: v.shape for k, v in m.state_dict().items()} for m in (inference, base))
     assert ours == theirs
+
+
+def test_heads_on_the_simple_pyramid_know_its_strides():
+    """Yaml: the pyramid's levels lie around the one map of stride 16."""
+    cfg = model_zoo.get_config("CoDETR/co_dino_5scale_r50_1x", kind="yaml")
+    cfg.MODEL.BACKBONE.NAME = "EVA02ViT"
+    cfg.MODEL.VIT.DEPTH = 1
+    cfg.MODEL.DETR.IN_FEATURES = ["res4"]
+    cfg.MODEL.DETR.NECK = "simple_pyramid"
+    with torch.device("meta"):
+        model = config.build_model(cfg, device="meta")
+    assert [head.strides for head in model.auxiliary_heads] == [(4, 8, 16, 32, 64, 128)] * 2
