@@ -18,7 +18,9 @@ class KeptRows:
       ``query_rows``, a tuple of their names in it.
     - Classes, where the file's are known: those of the same name, apart from case, spaces and
       dashes. Recognised are tensors with a row per class, with a further one for the background at
-      the end, and with four per class (boxes). Other classes of the model start afresh.
+      the end, and with four per class (boxes). Other classes of the model start
+      afresh. As many classes in another order cannot be told from the same ones: such tensors are
+      loaded as they are.
 
     Args:
         model: what is loaded into

@@ -8,6 +8,7 @@ import copy
 import os
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from omegaconf import DictConfig, OmegaConf
@@ -16,7 +17,13 @@ from d2dense.errors import UserError
 
 from . import coco_format, datasets
 
-__all__ = ["CLASS_COUNT_KEYS", "class_names", "dataset_classes", "resolve_class_counts"]
+__all__ = [
+    "CLASS_COUNT_KEYS",
+    "class_names",
+    "dataset_classes",
+    "image_counts",
+    "resolve_class_counts",
+]
 
 # Meta-architecture to the yacs keys that hold its class counts; projects add theirs.
 CLASS_COUNT_KEYS: dict[str, list[str]] = {
@@ -72,6 +79,27 @@ def class_names(where: str) -> list[str]:
     if os.path.isfile(where):
         return [str(category["name"]) for category in coco_format.read_categories(where)]
     return dataset_classes(where)
+
+
+def image_counts(names: str | Sequence[str]) -> list[int]:
+    """Return in how many images of datasets each class is: as their categories say, or counted.
+
+    In a run of several processes all of them must call this together.
+
+    Raises:
+        UserError: as :func:`dataset_classes`, and where images must be counted as
+            :func:`d2dense.data.datasets.load`.
+    """
+    names = [names] if isinstance(names, str) else list(names)
+    total = np.zeros(len(dataset_classes(names)), dtype=np.int64)
+    for name in names:
+        known = MetadataCatalog.get(name).get("class_image_count")
+        if known is None:
+            _, category = datasets.load_together(name).categories()
+            total += np.bincount(category, minlength=len(total))
+        else:  # in the order of the ids, as classes are
+            total += [each["image_count"] for each in sorted(known, key=lambda each: each["id"])]
+    return total.tolist()
 
 
 def _remedy(names: list[str], kind: str) -> str:

@@ -5,11 +5,17 @@ Letters: K classes.
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
+
 import torch
-from detectron2.data.detection_utils import get_fed_loss_cls_weights
 from torch import Tensor, nn
 
+from d2dense.errors import UserError
+
 __all__ = ["FederatedClasses", "federated_classes"]
+
+logger = logging.getLogger(__name__)
 
 
 class FederatedClasses(nn.Module):
@@ -39,11 +45,31 @@ class FederatedClasses(nn.Module):
 
 
 def federated_classes(
-    *, dataset: str = "lvis_v1_train", number: int = 50, power: float = 0.5
+    *,
+    dataset: str | Sequence[str] = "lvis_v1_train",
+    number: int = 50,
+    power: float = 0.5,
+    num_classes: int | None = None,
 ) -> FederatedClasses:
     """Return :class:`FederatedClasses` whose weights are numbers of images to the ``power``.
 
     Args:
-        dataset: a registered name, whose metadata says in how many images each class is
+        dataset: a registered name, or several with the same classes. In how many images each class
+            is, the categories of its annotations say (``image_count``, as LVIS has it), or else the
+            images are counted; in a run of several processes all of them must call this together.
+        num_classes: where the dataset is not there, as when a trained model predicts, that many
+            classes get the same weight; None: it must be there
+
+    Raises:
+        UserError: an unknown name, files that do not exist, or datasets whose classes differ.
     """
-    return FederatedClasses(get_fed_loss_cls_weights(dataset, power), number=number)
+    from d2dense.data.classes import image_counts  # that package is not needed to build a model
+
+    try:
+        counts = torch.tensor(image_counts(dataset), dtype=torch.float32)
+    except UserError as error:
+        if num_classes is None:
+            raise
+        logger.warning("no numbers of images per class, which only training needs: %s", error)
+        counts = torch.ones(num_classes)
+    return FederatedClasses(counts**power, number=number)

@@ -87,7 +87,12 @@ def squares(model, size):
 def federated(model):
     """Let only some classes of LVIS count in each batch's losses of queries; return the model."""
     model.num_classes = 1203
-    model.criterion.federated = L(federated_classes)(dataset="lvis_v1_train", number=50, power=0.5)
+    model.criterion.federated = L(federated_classes)(
+        dataset="${dataloader.train.dataset.names}",
+        number=50,
+        power=0.5,
+        num_classes="${..num_classes}",
+    )
     return model
 
 
