@@ -220,6 +220,7 @@ def test_heads_on_the_simple_pyramid_know_its_strides():
     cfg = model_zoo.get_config("CoDETR/co_dino_5scale_r50_1x", kind="yaml")
     cfg.MODEL.BACKBONE.NAME = "EVA02ViT"
     cfg.MODEL.VIT.DEPTH = 1
+    cfg.MODEL.VIT.GLOBAL_BLOCKS = (0,)
     cfg.MODEL.DETR.IN_FEATURES = ["res4"]
     cfg.MODEL.DETR.NECK = "simple_pyramid"
     with torch.device("meta"):
