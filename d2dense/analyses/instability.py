@@ -78,7 +78,9 @@ def instability_report(
         found[name] = values
         images = len(by_checkpoint[checkpoints[0]])
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set(ylim=(0, None), xlabel="checkpoint", ylabel="queries with another object")
+    axes.set(xlabel="checkpoint", ylabel="queries with another object")
+    axes.margins(y=0.1)
+    axes.set_ylim(bottom=0)
     header = ["model", "checkpoint", "before", "after", "instability"]
     save(folder / "instability", axes.figure, header, rows)
     summary = {"images": images, "instability": found}
