@@ -3,7 +3,8 @@
 from .deformable_attention import MultiScaleDeformableAttention
 from .deformable_sampling import deformable_sampling
 from .drop_path import Residual
-from .folding import can_fold, fold_for_inference
+from .folding import can_fold, fold_for_inference, fold_frozen_norms
+from .linear import Linear
 from .mlp import MLP2d
 from .norm import NORMS, LayerNorm2d, build_norm, explained_single_values, set_norms
 from .process_sum import number_of_processes, sum_over_processes
@@ -13,6 +14,7 @@ from .windows import join_windows, padded_to_multiple, split_windows
 __all__ = [
     "NORMS",
     "LayerNorm2d",
+    "Linear",
     "MLP2d",
     "MultiScaleDeformableAttention",
     "Residual",
@@ -22,6 +24,7 @@ __all__ = [
     "deformable_sampling",
     "explained_single_values",
     "fold_for_inference",
+    "fold_frozen_norms",
     "has_sync_norms",
     "join_windows",
     "number_of_processes",

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from d2dense.errors import UserError
 
 from .deformable_sampling import deformable_sampling
+from .linear import Linear
 
 __all__ = ["MultiScaleDeformableAttention"]
 
@@ -37,10 +38,10 @@ class MultiScaleDeformableAttention(nn.Module):
                 "of channels must be a multiple of that of heads (MODEL.DETR.CHANNELS, HEADS)"
             )
         self.heads, self.levels, self.points = heads, levels, points
-        self.sampling_offsets = nn.Linear(channels, heads * levels * points * 2)
-        self.attention_weights = nn.Linear(channels, heads * levels * points)
-        self.value_proj = nn.Linear(channels, channels)
-        self.output_proj = nn.Linear(channels, channels)
+        self.sampling_offsets = Linear(channels, heads * levels * points * 2)
+        self.attention_weights = Linear(channels, heads * levels * points)
+        self.value_proj = Linear(channels, channels)
+        self.output_proj = Linear(channels, channels)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

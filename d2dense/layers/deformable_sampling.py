@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import deformable_op
 
-__all__ = ["deformable_sampling", "sample_by_grid"]
+__all__ = ["deformable_sampling", "is_recorded", "sample_by_grid"]
 
 Shapes = Sequence[tuple[int, int]]
 
@@ -39,7 +39,7 @@ def deformable_sampling(
     """
     dtype, exact = value.dtype, torch.promote_types(value.dtype, torch.float32)
     locations, weights = locations.to(exact), weights.to(exact)
-    if deformable_op.is_supported(value, shapes) and not _is_exported():
+    if deformable_op.is_supported(value, shapes) and not is_recorded():
         return deformable_op.sample(value, shapes, locations, weights)
     return sample_by_grid(value.to(exact), shapes, locations, weights).to(dtype)
 
@@ -70,7 +70,7 @@ def _spans(shapes: Shapes) -> Iterator[tuple[int, int, int]]:
         start = start + height * width
 
 
-def _is_exported() -> bool:
+def is_recorded() -> bool:
     """Return whether what runs is recorded for use without this library."""
     if torch.jit.is_tracing() or torch.jit.is_scripting():
         return True

@@ -7,6 +7,7 @@ from itertools import pairwise
 from torch import Tensor, nn
 
 from d2dense.errors import UserError
+from d2dense.layers import Linear
 
 __all__ = ["FeedForward", "perceptron", "xavier_matrices"]
 
@@ -29,14 +30,18 @@ class FeedForward(nn.Module):
         super().__init__()
         if activation not in _ACTIVATIONS:
             raise UserError(f"activation {activation!r}; expected one of {', '.join(_ACTIVATIONS)}")
-        self.linear1 = nn.Linear(channels, hidden)
+        self.linear1 = Linear(channels, hidden)
         self.activation = _ACTIVATIONS[activation]()
-        self.linear2 = nn.Linear(hidden, channels)
+        self.linear2 = Linear(hidden, channels)
         self.dropout = nn.Dropout(dropout)
         xavier_matrices(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.dropout(self.linear2(self.dropout(self.activation(self.linear1(x)))))
+        relu = isinstance(self.activation, nn.ReLU)
+        hidden = self.linear1(x, relu=relu)
+        if not relu:
+            hidden = self.activation(hidden)
+        return self.dropout(self.linear2(self.dropout(hidden)))
 
 
 def perceptron(*widths: int) -> nn.Sequential:

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from d2dense.layers import Linear
+
 from .boxes import inverse_sigmoid
 
 __all__ = ["BoxHead", "PredictionHeads"]
@@ -29,11 +31,11 @@ class BoxHead(nn.Module):
         super().__init__()
         self.eps = eps
         self.layers = nn.Sequential(
-            nn.Linear(channels, channels),
+            Linear(channels, channels),
             nn.ReLU(),
-            nn.Linear(channels, channels),
+            Linear(channels, channels),
             nn.ReLU(),
-            nn.Linear(channels, 4),
+            Linear(channels, 4),
         )
         nn.init.zeros_(self.layers[-1].weight)
         nn.init.zeros_(self.layers[-1].bias)
@@ -81,7 +83,7 @@ class PredictionHeads(nn.Module):
         self.num_classes = num_classes
         classes, boxes = [], []
         for layer in range(1 if shared else layers):
-            classes.append(nn.Linear(channels, num_classes))
+            classes.append(Linear(channels, num_classes))
             nn.init.constant_(classes[-1].bias, math.log(prior / (1 - prior)))
             # boxes start at a small size, refined ones at that of their references
             bias = 0.0 if layer else size_bias

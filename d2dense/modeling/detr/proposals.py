@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from d2dense.layers import Linear
+
 from .boxes import BoxEmbedding
 from .heads import BoxHead
 from .memory import Memory
@@ -113,10 +115,10 @@ class TwoStageQueries(nn.Module):
         super().__init__()
         self.num_queries = num_queries
         self.binary = binary
-        self.transform = nn.Linear(channels, channels)
+        self.transform = Linear(channels, channels)
         nn.init.xavier_uniform_(self.transform.weight)
         self.norm = nn.LayerNorm(channels)
-        self.classes = nn.Linear(channels, num_classes)
+        self.classes = Linear(channels, num_classes)
         nn.init.constant_(self.classes.bias, math.log(prior / (1 - prior)))
         self.boxes = BoxHead(channels=channels)
         self.content = nn.Embedding(num_queries, channels)

@@ -1,0 +1,48 @@
+"""Linear layers that need no pass over the result for their bias, residual or ReLU."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.flop_counter import register_flop_formula
+
+from .deformable_sampling import is_recorded
+
+__all__ = ["Linear"]
+
+
+class Linear(nn.Linear):
+    """``nn.Linear``, with the same parameters and results.
+
+    On the CPU, where nothing is kept for a gradient, oneDNN does it all in one product of matrices;
+    PyTorch's own way first copies the bias to every row.
+    """
+
+    def forward(self, x: Tensor, relu: bool = False) -> Tensor:
+        """Return ``(..., out_features)``; ``relu``: negative values become zero."""
+        if _has_fused_way(x, self.weight):
+            how = "relu" if relu else "none"
+            rows = x.reshape(-1, x.shape[-1])
+            y = torch.ops.mkldnn._linear_pointwise(rows, self.weight, self.bias, how, [], "")
+            return y.view(*x.shape[:-1], y.shape[1])
+        y = F.linear(x, self.weight, self.bias)
+        return F.relu(y) if relu else y
+
+
+def _has_fused_way(x: Tensor, weight: Tensor) -> bool:
+    return (
+        x.device.type == weight.device.type == "cpu"
+        and x.dtype == weight.dtype == torch.float32
+        and x.numel() > 0
+        and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
+        and not torch.is_autocast_enabled("cpu")
+        and torch.backends.mkldnn.is_available()
+        and torch.backends.mkldnn.enabled
+        and not is_recorded()
+    )
+
+
+@register_flop_formula(torch.ops.mkldnn._linear_pointwise)
+def _flops(x: tuple[int, ...], weight: tuple[int, ...], *_, **__) -> int:
+    return 2 * x[0] * weight[0] * weight[1]
