@@ -143,6 +143,21 @@ def _unfilled(model: nn.Module) -> Iterator[None]:
         backbone._size_divisibility = multiple
 
 
+@contextmanager
+def _without_gradients(model: nn.Module) -> Iterator[None]:
+    """Let no parameter ask for a gradient: torch's counter of operators does not know a view of one
+    that a module returns, such as learned queries for all images.
+    """
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    for parameter in trainable:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+
+
 @torch.no_grad()
 def count_macs(model: nn.Module, inputs: Any, *, attention: bool = True) -> dict[str, int]:
     """Return the multiply-accumulates of one forward pass under each module name; ``""`` is the
@@ -167,6 +182,7 @@ def count_macs(model: nn.Module, inputs: Any, *, attention: bool = True) -> dict
             _all_detections(model),
             _whole_image(model),
             _unfilled(model),
+            _without_gradients(model),
             sdpa_kernel(SDPBackend.MATH),
             counter,
         ):
