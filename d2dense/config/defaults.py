@@ -70,6 +70,9 @@ def _add_data_keys(cfg: CN) -> None:
     cfg.INPUT.COPY_PASTE.ANY_NUMBER = False
     cfg.INPUT.COPY_PASTE.MIN_PIXELS = None
     cfg.INPUT.COPY_PASTE.MAX_SHIFT = 10.0
+    # Nothing is pasted without masks; images without objects get some too.
+    cfg.INPUT.COPY_PASTE.MASKS_ONLY = False
+    cfg.INPUT.COPY_PASTE.INTO_EMPTY = False
     # "semantic", "padded_crops": photometric distortion, and (not "padded_crops") the largest
     # share one class may have in a crop.
     cfg.INPUT.COLOR_DISTORTION = True

@@ -42,6 +42,7 @@ __all__ = [
     "semantic",
 ]
 
+_CROP_MAX_SIZE = 4200  # of the longer side before the crop of the DETR family
 DETR_MIN_SIZES = (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800)
 
 
@@ -95,7 +96,7 @@ def detr(
     if not is_train:
         return [_fixed_resize(min_size, max_size)]
     crop = T.AugmentationList(
-        [_resize(crop_min_sizes, None), T.RandomCrop("absolute_range", tuple(crop_range))]
+        [_resize(crop_min_sizes, _CROP_MAX_SIZE), T.RandomCrop("absolute_range", tuple(crop_range))]
     )
     return [*flips(flip), RandomApply(crop, prob=0.5), _resize(min_size, max_size)]
 
@@ -177,13 +178,12 @@ def semantic(
 
 
 def _resize(
-    min_size: int | Sequence[int], max_size: int | None, sample_style: str = "choice"
+    min_size: int | Sequence[int], max_size: int, sample_style: str = "choice"
 ) -> T.Augmentation:
     sizes = (min_size,) if isinstance(min_size, int) else tuple(min_size)
     if sample_style == "range" and len(sizes) == 1:
         sizes = sizes * 2
-    limit = {} if max_size is None else {"max_size": max_size}
-    return ResizeShortestEdge(sizes, sample_style=sample_style, **limit)
+    return ResizeShortestEdge(sizes, max_size=max_size, sample_style=sample_style)
 
 
 def _random_scale(

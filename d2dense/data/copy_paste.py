@@ -50,12 +50,14 @@ class CopyPaste:
         any_number: bool = False,
         min_pixels: int | None = None,
         max_shift: float = 10.0,
+        masks_only: bool = False,
+        into_empty: bool = False,
     ):
         """
         Args:
             prob: share of the samples into which objects are pasted.
             max_iou: only objects are pasted whose box overlaps no box of the target by this IoU or
-                more.
+                more; 1 is no limit.
             max_objects: most objects to paste, chosen at random; with replacement unless
                 ``corrected``.
             margin: each side of a pasted rectangle lies a random 0 to ``margin`` pixels outside the
@@ -69,6 +71,8 @@ class CopyPaste:
             min_pixels: with ``corrected``, another rule than ``min_visible``, that of MMDetection's
                 copy-paste: a target object is dropped of which at most so many pixels stay visible,
                 if that moves a side of its box by more than ``max_shift`` pixels.
+            masks_only: nothing is pasted where one of the two samples has no masks.
+            into_empty: images without objects get some too.
         """
         for key, value in (("prob", prob), ("max_iou", max_iou), ("min_visible", min_visible)):
             if not 0 <= value <= 1:
@@ -86,10 +90,16 @@ class CopyPaste:
         self.any_number = any_number
         self.min_pixels = min_pixels
         self.max_shift = max_shift
+        self.masks_only = masks_only
+        self.into_empty = into_empty
 
     def is_due(self, target: Sample) -> bool:
-        """Draw whether objects are pasted into ``target``; never, if it has none of its own."""
-        return bool(np.random.random() < self.prob) and len(target["instances"]) > 0
+        """Draw whether objects are pasted into ``target``; never, if it has none of its own (but
+        for ``into_empty``), or no masks where they are needed.
+        """
+        drawn, instances = bool(np.random.random() < self.prob), target["instances"]
+        has_masks = instances.has("gt_masks") or not self.masks_only
+        return drawn and has_masks and (len(instances) > 0 or self.into_empty)
 
     def __call__(self, target: Sample, source: Sample) -> Sample:
         """Return ``target`` with objects of ``source``; neither is changed.
@@ -100,7 +110,9 @@ class CopyPaste:
         """
         size = tuple(target["image"].shape[-2:])
         old, new = target["instances"], source["instances"]
-        if not len(old) or not len(new):
+        if not len(new) or not (len(old) or self.into_empty):
+            return target
+        if self.masks_only and not (old.has("gt_masks") and new.has("gt_masks")):
             return target
         new = self._chosen(old, Instances(size, **new.get_fields()))
         if not len(new):
@@ -126,9 +138,11 @@ class CopyPaste:
         """Return the objects of ``new`` to paste: any of those that overlap ``old`` little."""
         height, width = new.image_size
         boxes = new.gt_boxes
-        overlap = pairwise_iou(boxes, old.gt_boxes).amax(dim=1)
+        free = torch.ones(len(boxes), dtype=torch.bool)
+        if len(old) and self.max_iou < 1:
+            free = pairwise_iou(boxes, old.gt_boxes).amax(dim=1) < self.max_iou
         inside = (boxes.tensor <= boxes.tensor.new_tensor([width, height] * 2)).all(dim=1)
-        kept = torch.nonzero((overlap < self.max_iou) & inside)[:, 0]
+        kept = torch.nonzero(free & inside)[:, 0]
         count = min(len(kept), self.max_objects)
         if self.any_number:
             count = np.random.randint(count + 1)
@@ -283,4 +297,6 @@ def build_copy_paste(cfg: CfgNode) -> CopyPaste | None:
         any_number=node.ANY_NUMBER,
         min_pixels=node.MIN_PIXELS,
         max_shift=node.MAX_SHIFT,
+        masks_only=node.MASKS_ONLY,
+        into_empty=node.INTO_EMPTY,
     )

@@ -42,7 +42,8 @@ def coco(*, batch_size=16, min_sizes=augmentations.DETR_MIN_SIZES, max_size=1333
 
 def jittered(*, size, data=("coco_2017_train", "coco_2017_val")):
     """Squares of large-scale jitter, into which objects of a second image are pasted by their
-    shapes.
+    shapes. For data without masks set ``dataloader.train.mapper.use_instance_mask=false``: nothing
+    is pasted then.
     """
     return common.detection_loader(
         train=data[0],
@@ -54,7 +55,14 @@ def jittered(*, size, data=("coco_2017_train", "coco_2017_val")):
         masks=True,
         min_box_side=0.01,
         copy_paste=L(CopyPaste)(
-            prob=1.0, max_iou=1.0, max_objects=100, corrected=True, any_number=True, min_pixels=300
+            prob=1.0,
+            max_iou=1.0,
+            max_objects=100,
+            corrected=True,
+            any_number=True,
+            min_pixels=300,
+            masks_only=True,
+            into_empty=True,
         ),
         image_format="RGB",
         filter_empty=False,
