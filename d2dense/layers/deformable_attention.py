@@ -83,7 +83,7 @@ class MultiScaleDeformableAttention(nn.Module):
         """
         value = self.value_proj(value)
         if padding is not None:
-            value = value.masked_fill(padding[..., None], 0.0)
+            value.masked_fill_(padding[..., None], 0.0)
         value = value.unflatten(2, (self.heads, value.shape[2] // self.heads))
         weights = self.attention_weights(query)
         weights = weights.unflatten(2, (self.heads, self.levels * self.points))
@@ -100,15 +100,22 @@ class MultiScaleDeformableAttention(nn.Module):
         """
         offsets = self.sampling_offsets(query)
         offsets = offsets.to(_at_least_float32(offsets))
-        offsets = offsets.unflatten(2, (self.heads, self.levels, self.points, 2))
-        references = references[:, :, None, :, None]  # (N, Q, 1, L, 1, 2 or 4)
-        if references.shape[-1] == 4:
-            return references[..., :2] + offsets * references[..., 2:] * (0.5 / self.points)
-        levels = [
-            torch.stack([offset[..., 0] / width, offset[..., 1] / height], dim=-1)
-            for offset, (height, width) in zip(offsets.unbind(dim=3), shapes)
-        ]
-        return references + torch.stack(levels, dim=3)
+        # all of a head's levels, points and axes as one row: long rows are what is fast
+        offsets = offsets.unflatten(2, (self.heads, self.levels * self.points * 2))
+        xy, wh = self._rows(references[..., :2]), self._rows(references[..., 2:])
+        if wh is not None:
+            locations = torch.addcmul(xy, offsets, wh * (0.5 / self.points))
+        else:
+            sides = [side for height, width in shapes for side in (width, height)]
+            sizes = torch.cat([offsets.new_full((1,), side) for side in sides])
+            locations = torch.addcdiv(xy, offsets, self._rows(sizes.view(1, 1, -1, 2)))
+        return locations.unflatten(3, (self.levels, self.points, 2))
+
+    def _rows(self, pairs: Tensor) -> Tensor | None:
+        """Return a pair per level, ``(N, Q, L, 2)``, as rows ``(N, Q, 1, L P 2)``; None of none."""
+        if not pairs.shape[-1]:
+            return None
+        return pairs[:, :, None, :, None].expand(-1, -1, -1, -1, self.points, -1).flatten(3)
 
 
 def _at_least_float32(tensor: Tensor) -> torch.dtype:

@@ -22,6 +22,8 @@ __all__ = ["backward", "forward"]
 
 Shapes = Sequence[tuple[int, int]]
 
+_AT_ONCE = 1024  # queries whose points fit into the caches together
+
 
 def forward(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor) -> Tensor:
     """Return ``(N, Q, M D)`` of value's type; arguments as for ``deformable_sampling``. Locations
@@ -32,14 +34,15 @@ def forward(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor) -
     bordered = _Bordered(shapes, weights, d)
     result = value.new_empty(n, q, m * d)
     for image in range(n):
-        position = bordered.position(locations[image])
-        first, share = bordered.cells(position)
-        neighbours, shares = bordered.neighbours(first), _bilinear(share, weights[image])
         table = bordered.table(value[image])
-        read = F.embedding_bag(
-            neighbours.flatten(1), table, mode="sum", per_sample_weights=shares.flatten(1)
-        )
-        result[image] = read.view(q, m * d)
+        queries = (each[image].split(_AT_ONCE) for each in (locations, weights, result))
+        for places, parts, out in zip(*queries):
+            first, share = bordered.cells(bordered.position(places))
+            neighbours, shares = bordered.neighbours(first), _bilinear(share, parts)
+            read = F.embedding_bag(
+                neighbours.flatten(1), table, mode="sum", per_sample_weights=shares.flatten(1)
+            )
+            out.copy_(read.view(-1, m * d))
     return result
 
 

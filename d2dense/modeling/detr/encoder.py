@@ -66,8 +66,8 @@ class DeformableEncoderLayer(nn.Module):
             shapes, padding: see :class:`Memory`
         """
         read = self.attention(tokens + positions, references, tokens, shapes, padding)
-        tokens = self.norm1(tokens + self.dropout(read))
-        return self.norm2(tokens + self.ffn(tokens))
+        tokens = self.norm1(self.dropout(read).add_(tokens))
+        return self.norm2(self.ffn(tokens).add_(tokens))
 
 
 class DeformableEncoder(nn.Module):
