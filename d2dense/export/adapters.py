@@ -5,6 +5,7 @@ Letters: C channels, H and W height and width of the given image, N detections, 
 """
 
 # No postponed annotations here: TorchScript reads those of ``forward`` as objects.
+import copy
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -135,9 +136,14 @@ class _DenseAdapter(Adapter):
 
 
 class _QueryAdapter(Adapter):
-    """Detection transformers."""
+    """Detection transformers, without the noised queries of training."""
 
     outputs = (BOXES, SCORES, CLASSES)
+
+    def __init__(self, model: DeformableDETR):
+        bare = copy.copy(model)
+        bare._modules = {**model._modules, "denoising": None}
+        super().__init__(bare)
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         found = self.model.inference([{"image": image.to(torch.float32)}], False)[0]
