@@ -22,7 +22,7 @@ TRACED = (150, 211)
 OTHER_SIZES = ((33, 50), (200, 65))
 # what would be written down of the traced size: sides and areas of the image, of the batch and of
 # its maps, as far as no width of a layer is the same number
-OF_TRACED = {150, 211, 160, 224, 40, 56, 28, 14, 40 * 56, 20 * 28, 10 * 14, 5 * 7}
+OF_TRACED = {150, 211, 160, 224, 56, 28, 14, 40 * 56, 20 * 28, 10 * 14, 5 * 7}
 
 
 def operators(block):
