@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 
+pytest.register_assert_rewrite("tests.projects.parity")
+
 ROOT = Path(__file__).resolve().parents[1]
 SHARED_DATA = Path(os.environ.get("D2DENSE_TEST_DATA", ROOT.parent / "shared" / "data"))
 

@@ -24,7 +24,7 @@ from d2dense.errors import UserError
 from d2dense.export import export_model
 from d2dense.inference import Predictor
 from d2dense.modeling import ImageClassifier
-from tests.projects.fscascade.test_configs import optimizer_groups
+from tests.projects.parity import optimizer_groups
 from tools import analyze_model, demo
 
 NAME = "CEDNet/classifier_cednet_next_t_imagenet"

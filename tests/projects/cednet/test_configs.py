@@ -4,32 +4,24 @@ import json
 
 import pytest
 import torch
-from detectron2.config import instantiate
 from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.events import EventStorage
 
 from d2dense import config, model_zoo
-from d2dense.data import mappers
-from d2dense.data.copy_paste import build_copy_paste
-from d2dense.engine.experiment import experiment
 from d2dense.export.torchscript import to_torchscript
 from d2dense.layers import replace_sync_norms
-from tests.projects.fscascade.test_configs import optimizer_groups, settings_of
+from tests.projects import parity
+from tests.projects.parity import KINDS
 from tools import analyze_model
 
-KINDS = ("yaml", "lazy")
 NAMES = [  # those with both kinds
     name
     for name in model_zoo.list_models("yaml")
     if name.startswith("CEDNet/") and name in model_zoo.list_models("lazy")
 ]
 TINY = [name for name in NAMES if "tiny" in name]
+ONLY_IN_TRAINING = ("use_instance_mask", "min_box_side", "reject_emptied")  # of a mapper
 TINY_DETECTORS = [n for n in TINY if "cednet_tiny_shapes" in n and "upernet" not in n]
-
-
-def on_meta(name, kind):
-    with torch.device("meta"):
-        return config.build_model(model_zoo.get_config(name, kind), device="meta")
 
 
 def test_headline_models_have_both_kinds():
@@ -44,61 +36,18 @@ def test_headline_models_have_both_kinds():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_both_kinds_give_the_same_model_and_run(name):
-    by_yaml, by_lazy = (
-        experiment(model_zoo.get_config(name, kind), device="cpu") for kind in KINDS
-    )
-    assert by_yaml.settings == by_lazy.settings
-    assert by_yaml.train_names == by_lazy.train_names
-    assert by_yaml.test_names == by_lazy.test_names
-    models = [on_meta(name, kind) for kind in KINDS]
-    assert str(models[0]) == str(models[1])
-    shapes = [{k: v.shape for k, v in model.state_dict().items()} for model in models]
-    assert list(shapes[0].items()) == list(shapes[1].items())
-    assert settings_of(models[0]) == settings_of(models[1])
-    low_quality, divisibility = (
-        [getattr(getattr(model, part, None), name, None) for model in models]
-        for part, name in (
-            ("anchor_matcher", "low_quality_matches"),
-            ("backbone", "size_divisibility"),
-        )
-    )
-    assert low_quality[0] == low_quality[1]
-    assert divisibility[0] == divisibility[1]
-    groups = [optimizer_groups(e, model) for e, model in zip((by_yaml, by_lazy), models)]
-    assert groups[0] == groups[1]
-    schedules = [e.build_lr_multiplier() for e in (by_yaml, by_lazy)]
-    where = torch.linspace(0, 0.999, 97).tolist()
-    assert [schedules[0](t) for t in where] == pytest.approx([schedules[1](t) for t in where])
+    parity.check_model_and_run(name)
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("train", [True, False])
 def test_both_kinds_read_data_alike(name, train):
-    yaml, lazy = (model_zoo.get_config(name, kind) for kind in KINDS)
-    node = lazy.dataloader.train if train else lazy.dataloader.test
-    by_yaml, by_lazy = mappers.from_cfg(yaml, train), instantiate(node.mapper)
-    ours, theirs = (
-        # lists and tuples say the same
-        {k: str(v).translate(str.maketrans("()", "[]")) for k, v in vars(mapper).items() if train}
-        for mapper in (by_yaml, by_lazy)
-    )
-    assert ours == theirs
-    if train:
-        assert node.total_batch_size == yaml.SOLVER.IMS_PER_BATCH
-        assert node.num_workers == yaml.DATALOADER.NUM_WORKERS
-        pasters = [build_copy_paste(yaml), instantiate(node.get("copy_paste"))]
-        settings = [each and vars(each) for each in pasters]
-        assert settings[0] == settings[1]
+    parity.check_data(name, train=train, ignored=() if train else ONLY_IN_TRAINING)
 
 
 @pytest.mark.parametrize("name", TINY)
 def test_both_kinds_start_from_the_same_values(name):
-    states = []
-    for kind in KINDS:
-        torch.manual_seed(0)
-        cfg = model_zoo.get_config(name, kind)
-        states.append(config.build_model(cfg, device="cpu").state_dict())
-    assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
+    parity.check_start(name)
 
 
 # ------------------------------------------------ the official recipe

@@ -17,7 +17,7 @@ from d2dense.data import mappers
 from d2dense.engine.experiment import experiment
 from d2dense.errors import UserError
 from tests.projects.cednet import golden
-from tests.projects.fscascade.test_configs import optimizer_groups
+from tests.projects.parity import optimizer_groups
 
 OFFICIAL = "full_deformable_detr_next_tiny"
 PREFIX = "CEDNet/deformable_detr_"

@@ -22,7 +22,7 @@ from d2dense.engine.experiment import experiment
 from d2dense.layers import Residual
 from tests.projects.cednet import golden
 from tests.projects.cednet.test_trunk import block_rates
-from tests.projects.fscascade.test_configs import optimizer_groups
+from tests.projects.parity import optimizer_groups
 
 
 class Recipe(NamedTuple):

@@ -21,7 +21,7 @@ from d2dense.evaluation.loop import evaluate
 from d2dense.inference import Predictor
 from d2dense.layers import Residual
 from tests.projects.cednet import golden
-from tests.projects.fscascade.test_configs import optimizer_groups
+from tests.projects.parity import optimizer_groups
 
 KINDS = ("yaml", "lazy")
 OFFICIAL = "CEDNet/upernet_cednet_next_"

@@ -2,22 +2,14 @@
 
 import pytest
 import torch
-from detectron2.config import instantiate
-from omegaconf import DictConfig, ListConfig
 
 from d2dense import config, model_zoo
-from d2dense.data import mappers
 from d2dense.engine.experiment import experiment
+from tests.projects import parity
+from tests.projects.parity import KINDS, on_meta
 
 NAMES = [name for name in model_zoo.list_models() if name.startswith("FSCascade/")]
 TINY = [name for name in NAMES if "tiny" in name]
-KINDS = ("yaml", "lazy")
-
-
-def on_meta(name: str, kind: str, *overrides: str) -> torch.nn.Module:
-    cfg = config.load(model_zoo.get_config_file(name, kind), overrides)
-    with torch.device("meta"):
-        return config.build_model(cfg, device="meta")
 
 
 def count(modules) -> int:
@@ -86,93 +78,18 @@ def test_every_model_has_both_kinds():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_both_kinds_give_the_same_model_and_run(name):
-    by_yaml, by_lazy = (
-        experiment(model_zoo.get_config(name, kind), device="cpu") for kind in KINDS
-    )
-    assert by_yaml.settings == by_lazy.settings
-    assert by_yaml.train_names == by_lazy.train_names
-    assert by_yaml.test_names == by_lazy.test_names
-    with torch.device("meta"):
-        models = [config.build_model(e.cfg, device="meta") for e in (by_yaml, by_lazy)]
-    shapes = [{k: v.shape for k, v in model.state_dict().items()} for model in models]
-    assert list(shapes[0].items()) == list(shapes[1].items())
-    assert settings_of(models[0]) == settings_of(models[1])
-    groups = [optimizer_groups(e, model) for e, model in zip((by_yaml, by_lazy), models)]
-    assert groups[0] == groups[1]
-    schedules = [e.build_lr_multiplier() for e in (by_yaml, by_lazy)]
-    where = torch.linspace(0, 0.999, 97).tolist()
-    assert [schedules[0](t) for t in where] == pytest.approx([schedules[1](t) for t in where])
-
-
-def settings_of(model) -> dict[str, dict]:
-    """Plain attributes of all modules and of what they hold: thresholds, weights, sizes, modes."""
-    plain = (bool, int, float, str, tuple, list, dict, type(None), ListConfig, DictConfig)
-    found = {}
-    for name, module in model.named_modules():
-        values = {
-            key: value
-            for key, value in vars(module).items()
-            if isinstance(value, plain) and not key.startswith("_") and key != "vis_period"
-        }
-        for key in ("box2box_transform", "anchor_matcher", "proposal_matcher", "anchor_generator"):
-            if hasattr(module, key) and not isinstance(getattr(module, key), torch.nn.Module):
-                held = getattr(module, key)
-                for attribute in ("weights", "thresholds", "labels", "allow_low_quality_matches"):
-                    if hasattr(held, attribute):
-                        values[f"{key}.{attribute}"] = getattr(held, attribute)
-        if isinstance(values.get("loss_weight"), (dict, DictConfig)):
-            values["loss_weight"] = {k: v for k, v in values["loss_weight"].items() if v != 1.0}
-        found[name] = {key: listed(value) for key, value in values.items()}
-    return found
-
-
-def listed(value):
-    if isinstance(value, (dict, DictConfig)):
-        return {k: listed(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple, ListConfig)):
-        return [listed(v) for v in value if not isinstance(v, torch.nn.Module)]
-    return value
-
-
-def optimizer_groups(run, model) -> list[dict]:
-    names = {id(p): name for name, p in model.named_parameters()}
-    optimizer = run.build_optimizer(model)
-    return [
-        {**{k: v for k, v in group.items() if k != "params"}, "type": type(optimizer).__name__,
-         "params": [names[id(p)] for p in group["params"]]}
-        for group in optimizer.param_groups
-    ]  # fmt: skip
+    parity.check_model_and_run(name)
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("train", [True, False])
 def test_both_kinds_read_data_alike(name, train):
-    yaml, lazy = (model_zoo.get_config(name, kind) for kind in KINDS)
-    node = lazy.dataloader.train if train else lazy.dataloader.test
-    by_yaml, by_lazy = mappers.from_cfg(yaml, train), instantiate(node.mapper)
-    ours, theirs = (
-        {k: str(v) for k, v in vars(mapper).items() if train or k != "use_instance_mask"}
-        for mapper in (by_yaml, by_lazy)
-    )
-    assert ours == theirs
-    if train:
-        assert node.total_batch_size == yaml.SOLVER.IMS_PER_BATCH
-        assert node.dataset.filter_empty == yaml.DATALOADER.FILTER_EMPTY_ANNOTATIONS
-        assert node.aspect_ratio_grouping == yaml.DATALOADER.ASPECT_RATIO_GROUPING
-    else:  # masks are not read in evaluation, whatever the mapper's setting
-        assert node.batch_size == yaml.DATALOADER.TEST_BATCH_SIZE
-    assert node.num_workers == yaml.DATALOADER.NUM_WORKERS
+    parity.check_data(name, train=train, ignored=() if train else ("use_instance_mask",))
 
 
 @pytest.mark.parametrize("name", TINY)
 def test_both_kinds_start_from_the_same_values(name):
-    states = []
-    for kind in KINDS:
-        torch.manual_seed(0)
-        states.append(
-            config.build_model(model_zoo.get_config(name, kind), device="cpu").state_dict()
-        )
-    assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
+    parity.check_start(name)
 
 
 # ------------------------------------------------ the paper's settings
