@@ -17,5 +17,6 @@ model = detr.deformable_detr(
 for _part in (model.encoder, model.decoder):
     _part.update(layers=2, heads=4, feedforward=64, dropout=0.0)
 model.queries.num_queries = 50
+dataloader.train.dataset.filter_empty = False
 optimizer.params.lr_multipliers = {"sampling_offsets": 0.1, "reference_points": 0.1}
 train.clip_gradients = {"enabled": True, "clip_type": "full_model", "clip_value": 0.1}
