@@ -38,6 +38,7 @@ SMALL_COCO = [
     ("INPUT.MIN_SIZE_TRAIN", "dataloader.train.mapper.augmentations.min_size", "[80,96]"),
     ("INPUT.DETR.CROP_MIN_SIZES", "dataloader.train.mapper.augmentations.crop_min_sizes", "[96]"),
     ("INPUT.DETR.CROP_RANGE", "dataloader.train.mapper.augmentations.crop_range", "[64,96]"),
+    ("MODEL.BACKBONE.FREEZE_AT", "model.backbone.freeze_at", 5),
     ("INPUT.MIN_SIZE_TEST", "dataloader.test.mapper.augmentations.min_size", None),
 ]
 SMALL_LVIS = [
