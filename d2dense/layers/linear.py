@@ -21,7 +21,7 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor, relu: bool = False) -> Tensor:
         """Return ``(..., out_features)``; ``relu``: negative values become zero."""
-        if _has_fused_way(x, self.weight):
+        if self.is_fused(x):
             how = "relu" if relu else "none"
             rows = x.reshape(-1, x.shape[-1])
             y = torch.ops.mkldnn._linear_pointwise(rows, self.weight, self.bias, how, [], "")
@@ -29,18 +29,19 @@ class Linear(nn.Linear):
         y = F.linear(x, self.weight, self.bias)
         return F.relu(y) if relu else y
 
-
-def _has_fused_way(x: Tensor, weight: Tensor) -> bool:
-    return (
-        x.device.type == weight.device.type == "cpu"
-        and x.dtype == weight.dtype == torch.float32
-        and x.numel() > 0
-        and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
-        and not torch.is_autocast_enabled("cpu")
-        and torch.backends.mkldnn.is_available()
-        and torch.backends.mkldnn.enabled
-        and not is_recorded()
-    )
+    def is_fused(self, x: Tensor) -> bool:
+        """Return whether oneDNN does it."""
+        kept = torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
+        return (
+            not kept
+            and x.device.type == self.weight.device.type == "cpu"
+            and x.dtype == self.weight.dtype == torch.float32
+            and x.numel() > 0
+            and not torch.is_autocast_enabled("cpu")
+            and torch.backends.mkldnn.is_available()
+            and torch.backends.mkldnn.enabled
+            and not is_recorded()
+        )
 
 
 @register_flop_formula(torch.ops.mkldnn._linear_pointwise)

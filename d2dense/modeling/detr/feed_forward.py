@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+import torch
 from torch import Tensor, nn
 
 from d2dense.errors import UserError
@@ -11,6 +12,7 @@ from d2dense.layers import Linear
 
 __all__ = ["FeedForward", "perceptron", "xavier_matrices"]
 
+_AT_ONCE = 2048  # rows whose hidden states are small enough to reuse the memory of those before
 _ACTIVATIONS = {"relu": nn.ReLU, "prelu": nn.PReLU}
 
 
@@ -37,6 +39,12 @@ class FeedForward(nn.Module):
         xavier_matrices(self)
 
     def forward(self, x: Tensor) -> Tensor:
+        if not self.linear1.is_fused(x):
+            return self._whole(x)
+        parts = x.flatten(0, -2).split(_AT_ONCE)
+        return torch.cat([self._whole(each) for each in parts]).view(x.shape)
+
+    def _whole(self, x: Tensor) -> Tensor:
         relu = isinstance(self.activation, nn.ReLU)
         hidden = self.linear1(x, relu=relu)
         if not relu:
