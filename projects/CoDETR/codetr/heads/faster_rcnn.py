@@ -211,7 +211,8 @@ class FasterRCNNHead(AuxiliaryHead):
     @torch.no_grad()
     def sample(self, proposals: Proposals, objects: Objects) -> SampledRegions:
         """Return the regions to train on, annotated boxes first among equals."""
-        boxes = torch.cat([objects.boxes, proposals.boxes], dim=1)
+        # far outside the image nothing is pooled, but at a cost that grows with the area
+        boxes = torch.cat([clip(objects.boxes, objects.limits), proposals.boxes], dim=1)
         there = torch.cat([objects.there, proposals.there], dim=1)
         found = self.assigner(boxes, there, objects)
         # annotated boxes belong to themselves, whatever else they overlap
