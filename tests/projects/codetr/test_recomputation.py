@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
+from d2dense import config, model_zoo
+from d2dense.engine.experiment import experiment
 from d2dense.engine.recompute import enable_activation_checkpointing
 from tests.projects.codetr import family
 
@@ -42,3 +45,19 @@ def test_recomputed_activations(base, heads):
         assert torch.equal(again[name], loss), name
     for name, gradient in gradients.items():
         torch.testing.assert_close(of_again[name], gradient, rtol=1e-5, atol=1e-8, msg=name)
+
+
+@pytest.mark.parametrize("kind", ["lazy", "yaml"])
+def test_the_key_of_both_kinds_of_configs(kind):
+    """The layers of encoder and decoder and both heads are switched."""
+    key = {"lazy": "train.activation_checkpointing=true", "yaml": "TRAIN.ACTIVATION_CHECKPOINTING"}
+    file = model_zoo.get_config_file("CoDETR/co_deformable_detr_tiny_shapes", kind)
+    cfg = config.load(file, [key[kind]] if kind == "lazy" else [key[kind], "True"])
+    assert experiment(cfg, device="cpu").settings.activation_checkpointing
+    model = config.build_model(cfg)
+    switched = [n for n, m in model.named_modules() if "forward" in vars(m) or "predict" in vars(m)]
+    assert switched == []
+    enable_activation_checkpointing(model)
+    switched = [n for n, m in model.named_modules() if "forward" in vars(m) or "predict" in vars(m)]
+    layers = {f"{part}.layers.{i}" for part in ("encoder", "decoder") for i in (0, 1)}
+    assert layers | {"auxiliary_heads.0", "auxiliary_heads.1"} <= set(switched)
