@@ -224,7 +224,8 @@ class DeformableDETR(nn.Module):
                 raise UserError(
                     f"an image has a side of {int(largest)} pixels, batches one of {self.square} "
                     "(MODEL.DETR.SQUARE / model.square); resize to less (INPUT.MAX_SIZE_TEST / "
-                    "max_size of dataloader.test.mapper.augmentations) or set it to 0"
+                    "max_size of dataloader.test.mapper.augmentations, at several sizes "
+                    "TEST.AUG.MAX_SIZE / train.test_aug.max_size) or set it to 0"
                 )
         if self.pad_value is None:
             images = [(each - self.pixel_mean) / self.pixel_std for each in images]
