@@ -57,6 +57,8 @@ class Mask2FormerCriterion(nn.Module):
         num_points: P
     """
 
+    exchanges_in_forward = True  # numbers of objects, over all processes
+
     def __init__(
         self,
         *,
