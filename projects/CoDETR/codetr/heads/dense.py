@@ -1,4 +1,5 @@
-"""Pieces of dense heads: towers, per-level scales, flat outputs, average factors, detections.
+"""Dense heads, and their pieces: towers, per-level scales, flat outputs, average factors,
+detections.
 
 Letters: N images, C channels, L levels, Hl and Wl size of level l, A anchors of all levels together
 (levels, rows, columns, anchors of a cell), K classes.
@@ -20,19 +21,97 @@ from torch import Tensor, nn
 
 from d2dense.modeling.detr.targets import image_size_tensor
 
+from ..auxiliary import AuxiliaryHead
+from .anchors import CellAnchors
 from .boxes import clip
 
 __all__ = [
+    "DenseHead",
     "LevelScales",
     "Tower",
     "average_factor",
-    "dense_arguments",
+    "average_positives",
     "dense_detections",
     "flatten_levels",
     "focal_losses",
     "focal_sum",
     "output_conv",
 ]
+
+
+class DenseHead(AuxiliaryHead):
+    """What predicts classes and a box at every place of the maps; a subclass has the layers.
+
+    Args:
+        strides: of the maps, in pixels
+        num_classes: K
+        anchors: of the maps, one or more per cell
+        class_weight, giou_weight: of the losses
+        detection: the limits of :func:`dense_detections`
+
+    Attributes:
+        node: the head's part of ``MODEL.CODETR``
+    """
+
+    node: str
+
+    def __init__(
+        self,
+        *,
+        strides: Sequence[int],
+        num_classes: int,
+        anchors: CellAnchors,
+        class_weight: float,
+        giou_weight: float,
+        **detection: float,
+    ):
+        super().__init__()
+        self.strides = tuple(strides)
+        self.num_classes = num_classes
+        self.anchors = anchors
+        self.class_weight, self.giou_weight = class_weight, giou_weight
+        self.detection = detection
+
+    @classmethod
+    def from_config(
+        cls, cfg: CfgNode, *, channels: int, strides: Sequence[int], num_classes: int
+    ) -> dict:
+        node = cfg.MODEL.CODETR[cls.node]
+        return {
+            "channels": channels,
+            "strides": strides,
+            "num_classes": num_classes,
+            "convs": node.CONVS,
+            "score_threshold": node.SCORE_THRESHOLD,
+            "candidates_per_level": node.CANDIDATES_PER_LEVEL,
+            "nms_threshold": node.NMS_THRESHOLD,
+            "max_detections": node.MAX_DETECTIONS,
+        }
+
+    def scored_boxes(self, maps: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return scores, boxes and ratings of the anchors, see :func:`dense_detections`."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def detect(
+        self, maps: Sequence[Tensor], image_sizes: Sequence[tuple[int, int]]
+    ) -> list[Instances]:
+        """See :class:`AuxiliaryHead`."""
+        return self.best(maps, image_sizes, *self.scored_boxes(maps))
+
+    def best(
+        self,
+        maps: Sequence[Tensor],
+        image_sizes: Sequence[tuple[int, int]],
+        scores: Tensor,
+        boxes: Tensor,
+        ratings: Tensor | None,
+        **limits: float,
+    ) -> list[Instances]:
+        """Return the detections among scored boxes within this head's limits, or others."""
+        sizes = [each.shape[2] * each.shape[3] * self.anchors.per_cell for each in maps]
+        limits = {**self.detection, **limits}
+        return dense_detections(scores, boxes, sizes, image_sizes, ratings=ratings, **limits)
 
 
 class Tower(nn.Sequential):
@@ -99,6 +178,13 @@ def average_factor(number: Tensor) -> Tensor:
     return mean.clamp(min=1.0)
 
 
+def average_positives(positive: Tensor) -> Tensor:
+    """Return the :func:`average_factor` of positive anchors ``(N, A)``, with images that have none
+    counted as if they had one.
+    """
+    return average_factor(positive.sum(dim=1).clamp(min=1).sum())
+
+
 def focal_losses(
     logits: Tensor, labels: Tensor, *, alpha: float = 0.25, gamma: float = 2.0
 ) -> Tensor:
@@ -117,22 +203,6 @@ def focal_losses(
 def focal_sum(logits: Tensor, labels: Tensor) -> Tensor:
     """Return the sum of the :func:`focal_losses`."""
     return focal_losses(logits, labels).sum()
-
-
-def dense_arguments(
-    node: CfgNode, *, channels: int, strides: Sequence[int], num_classes: int
-) -> dict:
-    """Return the arguments of a dense head's constructor that its node of the config gives."""
-    return {
-        "channels": channels,
-        "strides": strides,
-        "num_classes": num_classes,
-        "convs": node.CONVS,
-        "score_threshold": node.SCORE_THRESHOLD,
-        "candidates_per_level": node.CANDIDATES_PER_LEVEL,
-        "nms_threshold": node.NMS_THRESHOLD,
-        "max_detections": node.MAX_DETECTIONS,
-    }
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from detectron2.config import CfgNode, configurable
+from detectron2.config import configurable
 from detectron2.layers import ShapeSpec
 from detectron2.modeling.meta_arch.fcos import FCOSHead as FCOSLayers
 from detectron2.structures import Instances
@@ -20,17 +20,17 @@ from torch import Tensor
 from d2dense.errors import UserError
 from d2dense.modeling.box_regression import giou_loss
 
-from ..auxiliary import AuxiliaryHead, Candidates
+from ..auxiliary import Candidates
 from .anchors import CellAnchors
 from .assignment import Assignment
 from .atss import centerness
-from .dense import average_factor, dense_arguments, dense_detections, flatten_levels, focal_sum
+from .dense import DenseHead, average_factor, flatten_levels, focal_sum
 from .objects import Objects, chunks, pad_objects
 
 __all__ = ["FCOSHead", "assign_points"]
 
 
-class FCOSHead(AuxiliaryHead):
+class FCOSHead(DenseHead):
     """FCOS with centre sampling; boxes in units of the stride; centerness from the box branch.
 
     A point of the level with stride s, in the middle of its cell, takes objects whose farthest side
@@ -51,6 +51,8 @@ class FCOSHead(AuxiliaryHead):
             :func:`dense_detections`
     """
 
+    node = "FCOS"
+
     @configurable
     def __init__(
         self,
@@ -68,35 +70,27 @@ class FCOSHead(AuxiliaryHead):
         nms_threshold: float = 0.5,
         max_detections: int = 100,
     ):
-        super().__init__()
         if convs < 1:
             raise UserError(f"FCOS head with convs={convs}: expected at least 1")
-        self.strides = tuple(strides)
-        self.num_classes = num_classes
+        super().__init__(
+            strides=strides,
+            num_classes=num_classes,
+            # a query of a point starts from a square of 8 strides around it
+            anchors=CellAnchors(strides=strides, offset=0.5),
+            class_weight=class_weight,
+            giou_weight=giou_weight,
+            score_threshold=score_threshold,
+            candidates_per_level=candidates_per_level,
+            nms_threshold=nms_threshold,
+            max_detections=max_detections,
+        )
         self.radius = radius
-        self.class_weight, self.giou_weight = class_weight, giou_weight
         self.centerness_weight = centerness_weight
-        self.detection = {
-            "score_threshold": score_threshold,
-            "candidates_per_level": candidates_per_level,
-            "nms_threshold": nms_threshold,
-            "max_detections": max_detections,
-        }
         self.layers = FCOSLayers(
             input_shape=[ShapeSpec(channels=channels, stride=stride) for stride in strides],
             conv_dims=[channels] * convs,
             num_classes=num_classes,
             norm="GN",
-        )
-        # a query of a point starts from a square of 8 strides around it
-        self.squares = CellAnchors(strides=strides, offset=0.5)
-
-    @classmethod
-    def from_config(
-        cls, cfg: CfgNode, *, channels: int, strides: Sequence[int], num_classes: int
-    ) -> dict:
-        return dense_arguments(
-            cfg.MODEL.CODETR.FCOS, channels=channels, strides=strides, num_classes=num_classes
         )
 
     def predict(self, maps: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
@@ -141,25 +135,16 @@ class FCOSHead(AuxiliaryHead):
         )
         return losses, candidates
 
-    @torch.no_grad()
-    def detect(
-        self, maps: Sequence[Tensor], image_sizes: Sequence[tuple[int, int]]
-    ) -> list[Instances]:
-        """Return the detections by score times centerness, see :class:`AuxiliaryHead`."""
+    def scored_boxes(self, maps: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """See :class:`DenseHead`; ratings are the centerness."""
         logits, distances, ratings = self.predict(maps)
         _, points, strides = self._grid(maps)
-        return dense_detections(
-            logits.sigmoid(),
-            _boxes_around(points, distances * strides[:, None]),
-            [each.shape[2] * each.shape[3] for each in maps],
-            image_sizes,
-            ratings=ratings.sigmoid(),
-            **self.detection,
-        )
+        boxes = _boxes_around(points, distances * strides[:, None])
+        return logits.sigmoid(), boxes, ratings.sigmoid()
 
     def _grid(self, maps: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Return squares ``(A, 4)``, xyxy, points ``(A, 2)`` and strides ``(A,)``, in pixels."""
-        levels = self.squares.of(maps)
+        levels = self.anchors.of(maps)
         squares = torch.cat(levels)
         strides = torch.cat(
             [squares.new_full((len(level),), s) for level, s in zip(levels, self.strides)]

@@ -9,32 +9,29 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from detectron2.config import CfgNode, configurable
-from detectron2.structures import Instances
+from detectron2.config import configurable
 from torch import Tensor
 
 from d2dense.modeling.box_regression import giou_loss
 from d2dense.modeling.detr.criterion import quality_focal_loss
 
-from ..auxiliary import AuxiliaryHead, Candidates
-from .anchors import CellAnchors, inside_images
-from .assignment import ATSSAssigner
-from .atss import anchor_candidates
+from .anchor_head import AnchorHead
+from .anchors import CellAnchors
+from .assignment import Assignment, ATSSAssigner
 from .dense import (
     LevelScales,
     Tower,
     average_factor,
-    dense_arguments,
-    dense_detections,
+    average_positives,
     flatten_levels,
     output_conv,
 )
-from .objects import pad_objects, paired_iou
+from .objects import Objects, paired_iou
 
 __all__ = ["GFLHead", "distribution_loss"]
 
 
-class GFLHead(AuxiliaryHead):
+class GFLHead(AnchorHead):
     """Generalised focal loss: the anchors of ATSS; quality focal loss whose targets are IoUs,
     generalised IoU and distribution focal loss, both weighted by the largest score.
 
@@ -50,6 +47,8 @@ class GFLHead(AuxiliaryHead):
         score_threshold, candidates_per_level, nms_threshold, max_detections: of :meth:`detect`, see
             :func:`dense_detections`
     """
+
+    node = "GFL"
 
     @configurable
     def __init__(
@@ -70,33 +69,25 @@ class GFLHead(AuxiliaryHead):
         nms_threshold: float = 0.6,
         max_detections: int = 100,
     ):
-        super().__init__()
-        self.strides = tuple(strides)
-        self.num_classes = num_classes
+        super().__init__(
+            strides=strides,
+            num_classes=num_classes,
+            anchors=CellAnchors(strides=strides, scales=(anchor_scale,)),
+            class_weight=class_weight,
+            giou_weight=giou_weight,
+            score_threshold=score_threshold,
+            candidates_per_level=candidates_per_level,
+            nms_threshold=nms_threshold,
+            max_detections=max_detections,
+        )
         self.reach = reach
-        self.anchors = CellAnchors(strides=strides, scales=(anchor_scale,))
         self.assigner = ATSSAssigner(candidates=candidates)
         self.class_tower = Tower(channels=channels, layers=convs)
         self.box_tower = Tower(channels=channels, layers=convs)
         self.classes = output_conv(channels, num_classes, prior=0.01)
         self.distances = output_conv(channels, 4 * (reach + 1))
         self.scales = LevelScales(levels=len(self.strides))
-        self.class_weight, self.giou_weight = class_weight, giou_weight
         self.distribution_weight = distribution_weight
-        self.detection = {
-            "score_threshold": score_threshold,
-            "candidates_per_level": candidates_per_level,
-            "nms_threshold": nms_threshold,
-            "max_detections": max_detections,
-        }
-
-    @classmethod
-    def from_config(
-        cls, cfg: CfgNode, *, channels: int, strides: Sequence[int], num_classes: int
-    ) -> dict:
-        return dense_arguments(
-            cfg.MODEL.CODETR.GFL, channels=channels, strides=strides, num_classes=num_classes
-        )
 
     def predict(self, maps: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Return logits of the classes ``(N, A, K)``, and of the distances from the anchors'
@@ -107,15 +98,12 @@ class GFLHead(AuxiliaryHead):
         flat = flatten_levels(distances, 4 * (self.reach + 1))
         return flatten_levels(logits, self.num_classes), flat.unflatten(2, (4, -1))
 
-    def losses(
-        self, maps: Sequence[Tensor], instances: Sequence[Instances]
-    ) -> tuple[dict[str, Tensor], Candidates]:
-        """See :class:`AuxiliaryHead`; ``loss_cls``, ``loss_bbox`` and ``loss_dfl``."""
-        objects = pad_objects(instances, maps[0].device)
-        inside = inside_images(maps, self.strides, objects.sizes)
-        levels = self.anchors.of(maps)
+    def assigned_losses(
+        self, maps: Sequence[Tensor], levels: Sequence[Tensor], inside: Tensor, objects: Objects
+    ) -> tuple[dict[str, Tensor], Assignment]:
+        """See :class:`AnchorHead`; ``loss_cls``, ``loss_bbox`` and ``loss_dfl``."""
         assignment = self.assigner(levels, inside, objects)
-        anchors, positive = torch.cat(levels), assignment.positive
+        anchors, positive = torch.cat(list(levels)), assignment.positive
         labels = assignment.labels(objects, self.num_classes)
         targets = assignment.targets(objects, anchors)
 
@@ -126,7 +114,7 @@ class GFLHead(AuxiliaryHead):
             weight = logits.sigmoid().amax(dim=-1) * positive
             quality = paired_iou(boxes, targets)[..., None] * _one_hot(labels, self.num_classes)
             sides = _sides(anchors, targets) / units
-        number = average_factor(positive.sum(dim=1).clamp(min=1).sum())
+        number = average_positives(positive)
         total = average_factor(weight.sum())
         focal = quality_focal_loss(logits, quality).sum(dim=-1) * inside
         overlap = giou_loss(boxes, targets) * weight
@@ -136,22 +124,14 @@ class GFLHead(AuxiliaryHead):
             "loss_bbox": self.giou_weight * overlap.sum() / total,
             "loss_dfl": self.distribution_weight * spread.sum() / total,
         }
-        return losses, anchor_candidates(maps, anchors, inside, assignment, objects, self)
+        return losses, assignment
 
-    @torch.no_grad()
-    def detect(
-        self, maps: Sequence[Tensor], image_sizes: Sequence[tuple[int, int]]
-    ) -> list[Instances]:
-        """See :class:`AuxiliaryHead`."""
+    def scored_boxes(self, maps: Sequence[Tensor]) -> tuple[Tensor, Tensor, None]:
+        """See :class:`DenseHead`."""
         logits, distances = self.predict(maps)
         levels = self.anchors.of(maps)
-        return dense_detections(
-            logits.sigmoid(),
-            _boxes(torch.cat(levels), distances, _units(levels, self.strides)),
-            [len(level) for level in levels],
-            image_sizes,
-            **self.detection,
-        )
+        boxes = _boxes(torch.cat(levels), distances, _units(levels, self.strides))
+        return logits.sigmoid(), boxes, None
 
 
 def distribution_loss(logits: Tensor, values: Tensor) -> Tensor:

@@ -10,19 +10,17 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from detectron2.config import CfgNode, configurable
+from detectron2.config import configurable
 from detectron2.structures import Boxes, Instances
 from torch import Tensor
 
 from d2dense.modeling.box_regression import giou_loss
 
-from ..auxiliary import Candidates
-from .anchors import inside_images
 from .assignment import Assignment, IoUAssigner
-from .atss import ATSSHead, anchor_candidates
-from .dense import average_factor, dense_arguments, dense_detections, flatten_levels, focal_losses
+from .atss import ATSSHead
+from .dense import average_factor, average_positives, flatten_levels, focal_losses
 from .mixture import fit_mixture
-from .objects import Objects, chunks, pad_objects, paired_iou
+from .objects import Objects, chunks, paired_iou
 
 __all__ = ["PAAHead", "separate", "vote"]
 
@@ -48,6 +46,8 @@ class PAAHead(ATSSHead):
         score_threshold, candidates_per_level, nms_threshold, max_detections: of :meth:`detect`, see
             :func:`dense_detections`
     """
+
+    node = "PAA"
 
     @configurable
     def __init__(
@@ -89,22 +89,11 @@ class PAAHead(ATSSHead):
         self.candidates = candidates
         self.voting = voting
 
-    @classmethod
-    def from_config(
-        cls, cfg: CfgNode, *, channels: int, strides: Sequence[int], num_classes: int
-    ) -> dict:
-        return dense_arguments(
-            cfg.MODEL.CODETR.PAA, channels=channels, strides=strides, num_classes=num_classes
-        )
-
-    def losses(
-        self, maps: Sequence[Tensor], instances: Sequence[Instances]
-    ) -> tuple[dict[str, Tensor], Candidates]:
-        """See :class:`AuxiliaryHead`; ``loss_cls``, ``loss_bbox`` and ``loss_iou``."""
-        objects = pad_objects(instances, maps[0].device)
-        inside = inside_images(maps, self.strides, objects.sizes)
-        levels = self.anchors.of(maps)
-        anchors = torch.cat(levels)
+    def assigned_losses(
+        self, maps: Sequence[Tensor], levels: Sequence[Tensor], inside: Tensor, objects: Objects
+    ) -> tuple[dict[str, Tensor], Assignment]:
+        """See :class:`AnchorHead`; ``loss_cls``, ``loss_bbox`` and ``loss_iou``."""
+        anchors = torch.cat(list(levels))
         outputs = self.predict(maps)
         logits = flatten_levels(outputs.logits, self.num_classes)
         boxes = self.coder.decode(anchors, flatten_levels(outputs.deltas, 4))
@@ -119,7 +108,7 @@ class PAAHead(ATSSHead):
 
         positive = assignment.positive
         targets = assignment.targets(objects, anchors)
-        number = average_factor(positive.sum(dim=1).clamp(min=1).sum())
+        number = average_positives(positive)
         focal = focal_losses(logits, assignment.labels(objects, self.num_classes))
         iou = paired_iou(boxes.detach(), targets) * positive
         overlap = giou_loss(boxes, targets) * iou
@@ -130,24 +119,24 @@ class PAAHead(ATSSHead):
             "loss_bbox": self.giou_weight * overlap.sum() / average_factor(iou.sum()),
             "loss_iou": self.centerness_weight * rated.sum() / number,
         }
-        return losses, anchor_candidates(maps, anchors, inside, assignment, objects, self)
+        return losses, assignment
+
+    def scored_boxes(self, maps: Sequence[Tensor]) -> tuple[Tensor, Tensor, None]:
+        """See :class:`DenseHead`; scores are the geometric means of class and IoU."""
+        scores, boxes, ratings = super().scored_boxes(maps)
+        return (scores * ratings[..., None]).sqrt(), boxes, None
 
     @torch.no_grad()
     def detect(
         self, maps: Sequence[Tensor], image_sizes: Sequence[tuple[int, int]]
     ) -> list[Instances]:
-        """See :class:`AuxiliaryHead`; scores are the geometric means of class and IoU."""
-        outputs = self.predict(maps)
-        levels = self.anchors.of(maps)
-        scores = flatten_levels(outputs.logits, self.num_classes).sigmoid()
-        boxes = self.coder.decode(torch.cat(levels), flatten_levels(outputs.deltas, 4))
-        ratings = flatten_levels(outputs.centerness, 1).sigmoid()
-        given = ((scores * ratings).sqrt(), boxes, [len(level) for level in levels], image_sizes)
-        detections = dense_detections(*given, **self.detection)
+        """See :class:`AuxiliaryHead`; boxes are averaged if there is voting."""
+        scored = self.scored_boxes(maps)
+        detections = self.best(maps, image_sizes, *scored)
         if self.voting is None:
             return detections
-        everything = {"nms_threshold": 1.0, "max_detections": scores.shape[1] * scores.shape[2]}
-        others = dense_detections(*given, **{**self.detection, **everything})
+        everything = scored[0][0].numel()
+        others = self.best(maps, image_sizes, *scored, nms_threshold=1.0, max_detections=everything)
         return [vote(*pair, spread=self.voting) for pair in zip(detections, others)]
 
 
