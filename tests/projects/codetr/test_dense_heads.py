@@ -16,8 +16,9 @@ from detectron2.structures import BitMasks
 from codetr import nodes
 from codetr.heads import HEADS
 from d2dense.config import get_cfg
+from d2dense.errors import UserError
 from tests.modeling.waiting import OpCounter
-from tests.projects.codetr import plain
+from tests.projects.codetr import dense_heads, plain
 
 DENSE = ["retinanet", "fcos", "paa", "gfl"]
 NAMES = [*DENSE, "mask_rcnn"]
@@ -153,3 +154,34 @@ def test_losses_never_wait_for_the_device(name):
         sum(losses.values()).backward()
     assert ops.total > 100
     assert ops.waiting == 0
+
+
+POSITIVE = {"fcos": ("huge", "twice", "a thousand"), "gfl": ("huge", "twice", "a thousand")}
+
+
+@pytest.mark.parametrize("objects", dense_heads.ODD)
+@pytest.mark.parametrize("name", DENSE)
+def test_odd_objects(name, objects):
+    maps, _ = dense_heads.random_case()
+    head, given = dense_heads.dense_head(name), dense_heads.odd_objects(objects)
+    losses, candidates, gradients = plain.gradients(head, maps, given)
+    assert all(loss.isfinite() for loss in losses.values())
+    assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients)
+    assert candidates.boxes.isfinite().all()
+    # RetinaNet and PAA give every object its best anchors, however small it is
+    positive = POSITIVE.get(name, ("tiny", "huge", "twice", "a thousand"))
+    assert (candidates.labels < dense_heads.CLASSES).any() == (objects in positive)
+
+
+@pytest.mark.parametrize("name", DENSE)
+def test_losses_are_float32_under_autocast(name):
+    maps, objects = dense_heads.random_case()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        losses, _ = dense_heads.dense_head(name).losses(maps, objects)
+    assert {loss.dtype for loss in losses.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("name", ["retinanet", "fcos"])
+def test_without_a_tower_they_say_so(name):
+    with pytest.raises(UserError, match="convs=0"):
+        dense_heads.dense_head(name, convs=0)

@@ -8,25 +8,15 @@ import pytest
 import torch
 
 from codetr.heads.fcos import FCOSHead
-from d2dense.errors import UserError
 from tests.projects.codetr import plain
-
-SIZES = [(192, 256), (160, 208), (190, 100)]
-STRIDES = (8, 16, 32, 64, 128)
-CLASSES = 4
-
-
-def head(**settings) -> FCOSHead:
-    torch.manual_seed(0)
-    made = FCOSHead(**{"channels": 32, "num_classes": CLASSES, "strides": STRIDES, **settings})
-    for parameter in made.parameters():  # scores and boxes far from those of the start
-        torch.nn.init.normal_(parameter, std=0.1)
-    return made
-
-
-def random_case(counts=(7, 0, 30), strides=STRIDES):
-    maps = plain.random_maps(1, SIZES[0], strides, images=3, channels=32)
-    return maps, plain.random_instances(2, SIZES, counts, num_classes=CLASSES)
+from tests.projects.codetr.dense_heads import (
+    CLASSES,
+    STRIDES,
+    background_maps,
+    dense_head,
+    random_case,
+    show_maps,
+)
 
 
 def objects_of_points(maps, strides, objects, reaches):
@@ -64,7 +54,7 @@ REACHES = {
 @pytest.mark.parametrize("strides", REACHES)
 def test_losses_and_candidates_equal_those_of_loops(strides):
     maps, objects = random_case(strides=strides)
-    fcos = head(strides=strides)
+    fcos = dense_head("fcos", strides=strides)
     with torch.no_grad():
         logits, distances, ratings = fcos.predict(maps)
     losses, candidates = fcos.losses(maps, objects)
@@ -108,7 +98,7 @@ def _flat(ours, box) -> float:
 
 def test_features_are_those_of_the_points():
     maps, objects = random_case()
-    _, candidates = head().losses(maps, objects)
+    _, candidates = dense_head("fcos").losses(maps, objects)
     first = maps[0].shape[2] * maps[0].shape[3]
     assert candidates.rows is None
     assert torch.equal(candidates.features[1, 37], maps[0][1, :, 37 // 32, 37 % 32])
@@ -117,23 +107,15 @@ def test_features_are_those_of_the_points():
     assert not candidates.boxes.requires_grad
 
 
-def constructed(objects: dict, size=(192, 256)):
+def constructed(objects: dict):
     """A head that shows its maps' channels as outputs, and maps with objects at (level, row,
     column): (class, score, centerness, box).
     """
     fcos = FCOSHead(channels=32, num_classes=CLASSES, convs=1, strides=STRIDES)
     fcos.layers.cls_subnet = fcos.layers.bbox_subnet = torch.nn.Identity()
     outputs = [fcos.layers.cls_score, fcos.layers.bbox_pred, fcos.layers.ctrness]
-    first = 0
-    for conv in outputs:
-        torch.nn.init.zeros_(conv.weight)
-        torch.nn.init.zeros_(conv.bias)
-        for row in range(conv.out_channels):
-            conv.weight.data[row, first + row, 1, 1] = 1.0
-        first += conv.out_channels
-    maps = [torch.zeros(2, 32, -(-size[0] // s), -(-size[1] // s)) for s in STRIDES]
-    for each in maps:
-        each[:, :CLASSES] = -10.0
+    show_maps(outputs)
+    maps = background_maps(32, CLASSES)
     for (image, level, row, column), (label, score, central, box) in objects.items():
         stride = STRIDES[level]
         x, y = (column + 0.5) * stride, (row + 0.5) * stride
@@ -166,43 +148,11 @@ def test_detections_are_the_constructed_boxes():
     assert second.image_size == (160, 208)
 
 
-ODD = {
-    "none": [],
-    "no area": [[50.0, 50, 50, 90], [30, 30, 30, 30]],
-    "tiny": [[50.0, 50, 50.001, 50.001]],
-    "huge": [[-1e5, -1e5, 1e5, 1e5]],
-    "twice": [[20.0, 20, 90, 90]] * 2,
-}
-
-
-@pytest.mark.parametrize("name", ODD)
-def test_odd_objects(name):
-    maps, _ = random_case()
-    objects = [plain.instances(size, ODD[name], [1] * len(ODD[name])) for size in SIZES]
-    losses, candidates, gradients = plain.gradients(head(), maps, objects)
-    assert all(loss.isfinite() for loss in losses.values())
-    assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients)
-    assert (candidates.labels < CLASSES).any() == (name in ("huge", "twice"))
-    assert candidates.boxes.isfinite().all()
-
-
 def test_a_thousand_objects_are_the_same_in_parts(monkeypatch):
-    maps, objects = random_case(counts=(1000, 3, 0))
-    whole, candidates = head().losses(maps, objects)
+    maps, objects = random_case((1000, 3, 0))
+    whole, candidates = dense_head("fcos").losses(maps, objects)
     monkeypatch.setattr("codetr.heads.objects._ELEMENTS", 2**18)
-    parts, again = head().losses(maps, objects)
+    parts, again = dense_head("fcos").losses(maps, objects)
     assert torch.equal(candidates.labels, again.labels)
     assert torch.equal(candidates.targets, again.targets)
     assert all(torch.equal(whole[name], parts[name]) and whole[name].isfinite() for name in whole)
-
-
-def test_losses_are_float32_under_autocast():
-    maps, objects = random_case()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        losses, _ = head().losses(maps, objects)
-    assert {loss.dtype for loss in losses.values()} == {torch.float32}
-
-
-def test_without_a_tower_it_says_so():
-    with pytest.raises(UserError, match="convs=0"):
-        head(convs=0)

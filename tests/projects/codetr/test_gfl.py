@@ -10,23 +10,15 @@ import torch
 
 from codetr.heads.gfl import GFLHead, distribution_loss
 from tests.projects.codetr import plain
-
-SIZES = [(192, 256), (160, 208), (190, 100)]
-STRIDES = (8, 16, 32, 64, 128)
-CLASSES = 4
-
-
-def head(**settings) -> GFLHead:
-    torch.manual_seed(0)
-    made = GFLHead(**{"channels": 32, "num_classes": CLASSES, "strides": STRIDES, **settings})
-    for parameter in made.parameters():  # scores and boxes far from those of the start
-        torch.nn.init.normal_(parameter, std=0.2)
-    return made
-
-
-def random_case(counts=(7, 0, 30)):
-    maps = plain.random_maps(1, SIZES[0], STRIDES, images=3, channels=32)
-    return maps, plain.random_instances(2, SIZES, counts, num_classes=CLASSES)
+from tests.projects.codetr.dense_heads import (
+    CLASSES,
+    STRIDES,
+    background_maps,
+    check_detections,
+    dense_head,
+    random_case,
+    show_maps,
+)
 
 
 def adaptive_positives(places, inside, boxes) -> dict[int, int]:
@@ -55,7 +47,7 @@ def adaptive_positives(places, inside, boxes) -> dict[int, int]:
 
 def test_losses_and_candidates_equal_those_of_loops():
     maps, objects = random_case()
-    gfl = head()
+    gfl = dense_head("gfl")
     with torch.no_grad():
         logits, distances = gfl.predict(maps)
     losses, candidates = gfl.losses(maps, objects)
@@ -120,23 +112,15 @@ def test_distribution_loss_is_least_at_the_two_neighbours():
     assert gradient.abs().max() < 1e-5
 
 
-def constructed(objects: dict, size=(192, 256)):
+def constructed(objects: dict):
     """A head that shows its maps' channels as outputs, and maps with objects at (image, level,
     row, column): (class, score, box).
     """
     reach = 16
     width = CLASSES + 4 * (reach + 1)
     gfl = GFLHead(channels=width, num_classes=CLASSES, convs=0, strides=STRIDES)
-    first = 0
-    for conv in (gfl.classes, gfl.distances):
-        torch.nn.init.zeros_(conv.weight)
-        torch.nn.init.zeros_(conv.bias)
-        for row in range(conv.out_channels):
-            conv.weight.data[row, first + row, 1, 1] = 1.0
-        first += conv.out_channels
-    maps = [torch.zeros(2, width, -(-size[0] // s), -(-size[1] // s)) for s in STRIDES]
-    for each in maps:
-        each[:, :CLASSES] = -10.0
+    show_maps((gfl.classes, gfl.distances))
+    maps = background_maps(width, CLASSES)
     for (image, level, row, column), (label, score, box) in objects.items():
         stride = STRIDES[level]
         x, y = column * stride, row * stride
@@ -162,38 +146,4 @@ def test_detections_are_the_constructed_boxes():
             (1, 1, 2, 3): (3, 0.5, [40.0, 25.0, 90.0, 52.0]),
         }
     )
-    first, second = gfl.detect(maps, [(192, 256), (160, 208)])
-    assert first.pred_classes.tolist() == [2, 1, 0]
-    torch.testing.assert_close(first.scores, torch.tensor([0.9, 0.7, 0.6]))
-    expected = [[30.0, 20, 70, 60], [31, 20, 70, 60], [0, 10, 256, 150]]
-    torch.testing.assert_close(first.pred_boxes.tensor, torch.tensor(expected), atol=1e-3, rtol=0)
-    assert second.pred_classes.tolist() == [3]
-    expected = torch.tensor([[40.0, 25, 90, 52]])
-    torch.testing.assert_close(second.pred_boxes.tensor, expected, atol=1e-3, rtol=0)
-
-
-ODD = {
-    "none": [],
-    "no area": [[50.0, 50, 50, 90], [30, 30, 30, 30]],
-    "tiny": [[50.0, 50, 50.001, 50.001]],
-    "huge": [[-1e5, -1e5, 1e5, 1e5]],
-    "twice": [[20.0, 20, 90, 90]] * 2,
-    "a thousand": [[i % 90, i // 10, i % 90 + 20, i // 10 + 10 + i % 30] for i in range(1000)],
-}
-
-
-@pytest.mark.parametrize("name", ODD)
-def test_odd_objects(name):
-    maps, _ = random_case()
-    objects = [plain.instances(size, ODD[name], [1] * len(ODD[name])) for size in SIZES]
-    losses, candidates, gradients = plain.gradients(head(), maps, objects)
-    assert all(loss.isfinite() for loss in losses.values())
-    assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients)
-    assert (candidates.labels < CLASSES).any() == (name in ("huge", "twice", "a thousand"))
-
-
-def test_losses_are_float32_under_autocast():
-    maps, objects = random_case()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        losses, _ = head().losses(maps, objects)
-    assert {loss.dtype for loss in losses.values()} == {torch.float32}
+    check_detections(gfl, maps)

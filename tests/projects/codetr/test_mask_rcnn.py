@@ -13,10 +13,8 @@ from codetr.heads.mask_rcnn import MaskRCNNHead, crop_masks
 from codetr.heads.rpn import ProposalNetwork
 from d2dense.errors import UserError
 from tests.projects.codetr import plain
+from tests.projects.codetr.dense_heads import CLASSES, ODD, SIZES, STRIDES, odd_objects
 
-SIZES = [(192, 256), (160, 208), (190, 100)]
-STRIDES = (8, 16, 32, 64, 128)
-CLASSES = 4
 SETTINGS = {"channels": 32, "num_classes": CLASSES, "strides": STRIDES, "hidden": 16}
 
 
@@ -160,21 +158,12 @@ def test_default_mask_branch_is_that_of_the_paper():
     assert count == 4 * conv + (256 * 256 * 4 + 256) + (256 * 80 + 80)
 
 
-ODD = {
-    "none": [],
-    "no area": [[50.0, 50, 50, 90], [30, 30, 30, 30]],
-    "tiny": [[50.0, 50, 50.001, 50.001]],
-    "huge": [[-300.0, -300, 600, 600]],
-    "a thousand": [[i % 90, i // 10, i % 90 + 20, i // 10 + 10 + i % 30] for i in range(1000)],
-}
-
-
 @pytest.mark.parametrize("name", ODD)
 def test_odd_objects(name):
     maps, _ = random_case()
-    some = ODD[name] if len(ODD[name]) < 9 else []
-    objects = [plain.instances(size, some, [1] * len(some)) for size in SIZES[1:]]
-    objects.insert(0, plain.instances(SIZES[0], ODD[name], [1] * len(ODD[name])))
+    objects = odd_objects(name)
+    if name == "huge":
+        objects = [plain.instances(size, [[-300.0, -300, 600, 600]], [1]) for size in SIZES]
     objects = with_masks(objects, bitmaps=name != "a thousand")
     losses, _, gradients = plain.gradients(head(), maps, objects)
     assert all(loss.isfinite() for loss in losses.values())

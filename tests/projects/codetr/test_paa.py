@@ -13,24 +13,17 @@ from codetr.heads.assignment import Assignment
 from codetr.heads.objects import pad_objects
 from codetr.heads.paa import PAAHead, separate, vote
 from tests.projects.codetr import plain
+from tests.projects.codetr.dense_heads import (
+    CLASSES,
+    STRIDES,
+    background_maps,
+    check_detections,
+    dense_head,
+    random_case,
+    show_maps,
+)
 
-SIZES = [(192, 256), (160, 208), (190, 100)]
-STRIDES = (8, 16, 32, 64, 128)
-CLASSES = 4
 STDS = (0.1, 0.1, 0.2, 0.2)
-
-
-def head(**settings) -> PAAHead:
-    torch.manual_seed(0)
-    made = PAAHead(**{"channels": 32, "num_classes": CLASSES, "strides": STRIDES, **settings})
-    for parameter in made.parameters():  # scores and boxes far from those of the start
-        torch.nn.init.normal_(parameter, std=0.1)
-    return made
-
-
-def random_case(counts=(5, 0, 9), least=0.2):
-    maps = plain.random_maps(1, SIZES[0], STRIDES, images=3, channels=32)
-    return maps, plain.random_instances(2, SIZES, counts, num_classes=CLASSES, least=least)
 
 
 def predictions(paa, maps):
@@ -82,7 +75,7 @@ def positives_of(places, found, costs, objects: int) -> dict[int, int]:
 @pytest.mark.parametrize("counts", [(5, 0, 9), (1, 2, 0)])
 def test_losses_and_candidates_equal_those_of_loops(counts):
     maps, objects = random_case(counts)
-    paa = head()
+    paa = dense_head("paa")
     logits, deltas, ratings = predictions(paa, maps)
     losses, candidates = paa.losses(maps, objects)
     places = plain.grid(maps, STRIDES)
@@ -145,22 +138,14 @@ def test_hand_made_candidates_are_separated():
     assert torch.equal(kept.negative, ~kept.positive)
 
 
-def constructed(objects: dict, size=(192, 256), **settings):
+def constructed(objects: dict, **settings):
     """A head that shows its maps' channels as outputs, and maps with objects at (image, level,
     row, column): (class, score, IoU, box).
     """
     width = CLASSES + 5
     paa = PAAHead(channels=width, num_classes=CLASSES, convs=0, strides=STRIDES, **settings)
-    first = 0
-    for conv in (paa.classes, paa.boxes, paa.centerness):
-        torch.nn.init.zeros_(conv.weight)
-        torch.nn.init.zeros_(conv.bias)
-        for row in range(conv.out_channels):
-            conv.weight.data[row, first + row, 1, 1] = 1.0
-        first += conv.out_channels
-    maps = [torch.zeros(2, width, -(-size[0] // s), -(-size[1] // s)) for s in STRIDES]
-    for each in maps:
-        each[:, :CLASSES] = -10.0
+    show_maps((paa.classes, paa.boxes, paa.centerness))
+    maps = background_maps(width, CLASSES)
     for (image, level, row, column), (label, score, iou, box) in objects.items():
         side = 8 * STRIDES[level]
         x, y = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
@@ -190,14 +175,7 @@ OBJECTS = {
 
 def test_detections_are_the_constructed_boxes():
     paa, maps = constructed(OBJECTS, voting=None)
-    first, second = paa.detect(maps, [(192, 256), (160, 208)])
-    assert first.pred_classes.tolist() == [2, 1, 0]
-    torch.testing.assert_close(first.scores, torch.tensor([0.9, 0.7, 0.6]))
-    expected = [[30.0, 20, 70, 60], [31, 20, 70, 60], [0, 10, 256, 150]]
-    torch.testing.assert_close(first.pred_boxes.tensor, torch.tensor(expected), atol=1e-3, rtol=0)
-    assert second.pred_classes.tolist() == [3]
-    expected = torch.tensor([[40.0, 25, 90, 52]])
-    torch.testing.assert_close(second.pred_boxes.tensor, expected, atol=1e-3, rtol=0)
+    check_detections(paa, maps)
 
 
 def test_votes_average_the_suppressed_boxes_of_the_class():
@@ -219,40 +197,11 @@ def test_a_box_without_votes_stays():
     assert vote(alone, nobody, spread=0.025).pred_boxes.tensor.tolist() == [[1, 1, 1, 5]]
 
 
-ODD = {
-    "none": [],
-    "no area": [[50.0, 50, 50, 90], [30, 30, 30, 30]],
-    "tiny": [[50.0, 50, 50.001, 50.001]],
-    "huge": [[-1e5, -1e5, 1e5, 1e5]],
-    "twice": [[20.0, 20, 90, 90]] * 2,
-    "a thousand": [[i % 90, i // 10, i % 90 + 20, i // 10 + 10 + i % 30] for i in range(1000)],
-}
-
-
-@pytest.mark.parametrize("name", ODD)
-def test_odd_objects(name):
-    maps, _ = random_case()
-    some = ODD[name] if len(ODD[name]) < 9 else []
-    objects = [plain.instances(size, some, [1] * len(some)) for size in SIZES[1:]]
-    objects.insert(0, plain.instances(SIZES[0], ODD[name], [1] * len(ODD[name])))
-    losses, candidates, gradients = plain.gradients(head(), maps, objects)
-    assert all(loss.isfinite() for loss in losses.values())
-    assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients)
-    assert (candidates.labels < CLASSES).any() == (name not in ("none", "no area"))
-
-
 def test_many_objects_are_the_same_in_parts(monkeypatch):
-    maps, objects = random_case(counts=(60, 3, 0))
-    whole, candidates = head().losses(maps, objects)
+    maps, objects = random_case((60, 3, 0), least=0.2)
+    whole, candidates = dense_head("paa").losses(maps, objects)
     monkeypatch.setattr("codetr.heads.objects._ELEMENTS", 2**13)
-    parts, again = head().losses(maps, objects)
+    parts, again = dense_head("paa").losses(maps, objects)
     assert torch.equal(candidates.labels, again.labels)
     assert torch.equal(candidates.targets, again.targets)
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
-
-
-def test_losses_are_float32_under_autocast():
-    maps, objects = random_case()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        losses, _ = head().losses(maps, objects)
-    assert {loss.dtype for loss in losses.values()} == {torch.float32}

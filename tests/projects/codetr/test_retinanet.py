@@ -8,29 +8,25 @@ import pytest
 import torch
 
 from codetr.heads.retinanet import RetinaNetHead
-from d2dense.errors import UserError
 from tests.projects.codetr import plain
+from tests.projects.codetr.dense_heads import (
+    CLASSES,
+    STRIDES,
+    background_maps,
+    check_detections,
+    dense_head,
+    random_case,
+    show_maps,
+)
 
-SIZES = [(192, 256), (160, 208), (190, 100)]
-STRIDES = (8, 16, 32, 64, 128)
-CLASSES = 4
 SHAPES = {"scales": (4.0, 4 * 2 ** (1 / 3), 4 * 2 ** (2 / 3)), "ratios": (0.5, 1.0, 2.0)}
 
 
-def head(**settings) -> RetinaNetHead:
-    torch.manual_seed(0)
-    made = RetinaNetHead(**{"channels": 32, "num_classes": CLASSES, "strides": STRIDES, **settings})
-    for parameter in made.parameters():  # scores and boxes far from those of the start
-        torch.nn.init.normal_(parameter, std=0.05)
-    return made
-
-
-def random_case():
-    """Without tiny objects: those lie within several anchors of equal size, and the last digits
-    decide which of these they overlap most.
+def without_tiny_objects():
+    """Those lie within several anchors of equal size, and the last digits decide which of these
+    they overlap most.
     """
-    maps = plain.random_maps(1, SIZES[0], STRIDES, images=3, channels=32)
-    return maps, plain.random_instances(2, SIZES, (5, 0, 9), num_classes=CLASSES, least=0.2)
+    return random_case((5, 0, 9), least=0.2)
 
 
 def kinds_of_anchors(places, inside, boxes) -> list[int | None]:
@@ -55,8 +51,8 @@ def kinds_of_anchors(places, inside, boxes) -> list[int | None]:
 
 
 def test_losses_and_candidates_equal_those_of_loops():
-    maps, objects = random_case()
-    retinanet = head()
+    maps, objects = without_tiny_objects()
+    retinanet = dense_head("retinanet")
     with torch.no_grad():
         logits, deltas = retinanet.predict(maps)
     losses, candidates = retinanet.losses(maps, objects)
@@ -95,7 +91,7 @@ def test_losses_and_candidates_equal_those_of_loops():
 
 
 def test_objects_get_all_their_best_anchors_and_the_last_object_wins():
-    maps, _ = random_case()
+    maps, _ = without_tiny_objects()
     # 16 x 16 within the square of 32 around each of nine corners, a quarter of it; then the same
     # box again, and one that two of these anchors overlap more
     box = [56.0, 56.0, 72.0, 72.0]
@@ -104,7 +100,7 @@ def test_objects_get_all_their_best_anchors_and_the_last_object_wins():
         plain.instances((160, 208), [box, [48.0, 48, 80, 80]], [1, 2]),
         plain.instances((190, 100), [], []),
     ]
-    _, candidates = head().losses(maps, objects)
+    _, candidates = dense_head("retinanet").losses(maps, objects)
     squares = candidates.labels[:, : 24 * 32 * 9].view(3, 24, 32, 9)[..., 3]  # stride 8, 32 x 32
     assert (squares[0, 7:10, 7:10] == 2).all()
     assert (squares[0] == 1).sum() == 0
@@ -115,8 +111,8 @@ def test_objects_get_all_their_best_anchors_and_the_last_object_wins():
 
 
 def test_the_nine_anchors_of_a_cell_share_its_feature():
-    maps, objects = random_case()
-    _, candidates = head().losses(maps, objects)
+    maps, objects = without_tiny_objects()
+    _, candidates = dense_head("retinanet").losses(maps, objects)
     first = maps[0].shape[2] * maps[0].shape[3]
     for number, feature in (
         (9 * 37 + 8, maps[0][:, :, 37 // 32, 37 % 32]),
@@ -127,7 +123,7 @@ def test_the_nine_anchors_of_a_cell_share_its_feature():
     assert candidates.rows.shape == candidates.labels.shape[1:]
 
 
-def constructed(objects: dict, size=(192, 256)):
+def constructed(objects: dict):
     """A head that shows its maps' channels as outputs, and maps with objects at (image, level,
     row, column, anchor): (class, score, box).
     """
@@ -135,16 +131,8 @@ def constructed(objects: dict, size=(192, 256)):
     retinanet = RetinaNetHead(channels=width, num_classes=CLASSES, strides=STRIDES)
     layers = retinanet.layers
     layers.cls_subnet = layers.bbox_subnet = torch.nn.Identity()
-    first = 0
-    for conv in (layers.cls_score, layers.bbox_pred):
-        torch.nn.init.zeros_(conv.weight)
-        torch.nn.init.zeros_(conv.bias)
-        for row in range(conv.out_channels):
-            conv.weight.data[row, first + row, 1, 1] = 1.0
-        first += conv.out_channels
-    maps = [torch.zeros(2, width, -(-size[0] // s), -(-size[1] // s)) for s in STRIDES]
-    for each in maps:
-        each[:, : 9 * CLASSES] = -10.0
+    show_maps((layers.cls_score, layers.bbox_pred))
+    maps = background_maps(width, 9 * CLASSES)
     shapes = [(ratio, scale) for ratio in SHAPES["ratios"] for scale in SHAPES["scales"]]
     for (image, level, row, column, anchor), (label, score, box) in objects.items():
         ratio, scale = shapes[anchor]
@@ -175,45 +163,4 @@ def test_detections_are_the_constructed_boxes():
             (1, 1, 2, 3, 7): (3, 0.5, [40.0, 25.0, 90.0, 52.0]),
         }
     )
-    first, second = retinanet.detect(maps, [(192, 256), (160, 208)])
-    assert first.pred_classes.tolist() == [2, 1, 0]
-    torch.testing.assert_close(first.scores, torch.tensor([0.9, 0.7, 0.6]))
-    expected = [[30.0, 20, 70, 60], [31, 20, 70, 60], [0, 10, 256, 150]]
-    torch.testing.assert_close(first.pred_boxes.tensor, torch.tensor(expected), atol=1e-3, rtol=0)
-    assert second.pred_classes.tolist() == [3]
-    expected = torch.tensor([[40.0, 25, 90, 52]])
-    torch.testing.assert_close(second.pred_boxes.tensor, expected, atol=1e-3, rtol=0)
-
-
-ODD = {
-    "none": [],
-    "no area": [[50.0, 50, 50, 90], [30, 30, 30, 30]],
-    "tiny": [[50.0, 50, 50.001, 50.001]],
-    "huge": [[-1e5, -1e5, 1e5, 1e5]],
-    "twice": [[20.0, 20, 90, 90]] * 2,
-    "a thousand": [[i % 90, i // 10, i % 90 + 20, i // 10 + 10 + i % 30] for i in range(1000)],
-}
-
-
-@pytest.mark.parametrize("name", ODD)
-def test_odd_objects(name):
-    maps, _ = random_case()
-    some = ODD[name] if len(ODD[name]) < 9 else []
-    objects = [plain.instances(size, some, [1] * len(some)) for size in SIZES[1:]]
-    objects.insert(0, plain.instances(SIZES[0], ODD[name], [1] * len(ODD[name])))
-    losses, candidates, gradients = plain.gradients(head(), maps, objects)
-    assert all(loss.isfinite() for loss in losses.values())
-    assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients)
-    assert (candidates.labels < CLASSES).any() == (name not in ("none", "no area"))
-
-
-def test_losses_are_float32_under_autocast():
-    maps, objects = random_case()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        losses, _ = head().losses(maps, objects)
-    assert {loss.dtype for loss in losses.values()} == {torch.float32}
-
-
-def test_without_a_tower_it_says_so():
-    with pytest.raises(UserError, match="convs=0"):
-        head(convs=0)
+    check_detections(retinanet, maps)
