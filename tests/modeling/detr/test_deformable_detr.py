@@ -5,12 +5,11 @@ import torch
 from detectron2.config import instantiate
 from detectron2.layers import ShapeSpec
 from detectron2.modeling.backbone import Backbone
-from detectron2.structures import Boxes, ImageList, Instances
+from detectron2.structures import ImageList
 from torch import nn
 
 from d2dense.config import detr
 from d2dense.config.defaults import get_cfg
-from d2dense.engine.recompute import enable_activation_checkpointing
 from d2dense.errors import UserError
 from d2dense.export import adapt
 from d2dense.modeling.detr import (
@@ -20,8 +19,14 @@ from d2dense.modeling.detr import (
     LearnedQueries,
     PredictionHeads,
 )
-
-CLASSES = 3
+from tests.modeling.detr.whole import (
+    CLASSES,
+    Transformer,
+    check_checkpointing,
+    check_export,
+    check_trace,
+    image,
+)
 
 
 class Strides(Backbone):
@@ -59,16 +64,6 @@ def build(**changes):
     with torch.no_grad():  # an untrained box head says the same for every query
         model.heads.boxes[-1].layers[-1].weight.normal_(std=0.5)
     return model
-
-
-def image(height, width, seed=0, boxes=2):
-    g = torch.Generator().manual_seed(seed)
-    target = Instances((height, width))
-    corner = torch.rand(boxes, 2, generator=g) * 20
-    target.gt_boxes = Boxes(torch.cat([corner, corner + 8], dim=1))
-    target.gt_classes = torch.arange(boxes) % CLASSES
-    pixels = torch.randint(0, 256, (3, height, width), generator=g, dtype=torch.uint8)
-    return {"image": pixels, "instances": target, "height": height, "width": width}
 
 
 def no_dropout(**changes):
@@ -155,70 +150,17 @@ def test_traced_inference_follows_other_sizes():
 
 
 def test_traced_transformer_takes_batches_of_other_sizes():
-    model = no_dropout().eval()
-
-    class Transformer(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.model = model
-
-        def forward(self, images, sizes):
-            maps = [self.model.backbone(images)[name] for name in "abc"]
-            memory = self.model.encoder(maps, sizes, (images.shape[2], images.shape[3]))
-            return self.model.decode(memory, all_layers=False)
-
-    def inputs(batch, height, width):
-        sizes = torch.tensor([[height - 6.0, width - 20.0 * i] for i in range(batch)])
-        return torch.randn(batch, 3, height, width), sizes
-
-    with torch.no_grad():
-        traced = torch.jit.trace(Transformer(), inputs(1, 64, 96), check_trace=False)
-        for given in (inputs(2, 96, 64), inputs(1, 32, 160)):
-            for ours, theirs in zip(traced(*given), Transformer()(*given)):
-                assert torch.allclose(ours, theirs, atol=1e-4)
+    check_trace(Transformer(no_dropout().eval()), [(2, 96, 64), (1, 32, 160)])
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("batch", [1, 2])
 def test_exported_transformer_takes_other_sizes(batch):
-    model = no_dropout().eval()
-
-    class Transformer(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.model = model
-
-        def forward(self, images, sizes):
-            maps = [self.model.backbone(images)[name] for name in "abc"]
-            memory = self.model.encoder(maps, sizes, (images.shape[2], images.shape[3]))
-            return self.model.decode(memory, all_layers=False)
-
-    side = torch.export.Dim("rows", min=2, max=16), torch.export.Dim("columns", min=2, max=16)
-    images, sizes = torch.randn(batch, 3, 96, 64), torch.tensor([[90.0, 60.0]] * batch)
-    program = torch.export.export(
-        Transformer(),
-        (images, sizes),
-        dynamic_shapes=({2: 32 * side[0], 3: 32 * side[1]}, None),
-        strict=False,
-    )
-    other = torch.randn(batch, 3, 64, 160)
-    sizes = torch.tensor([[64.0, 130.0]] * batch)
-    with torch.no_grad():
-        for ours, theirs in zip(program.module()(other, sizes), Transformer()(other, sizes)):
-            assert torch.allclose(ours, theirs, atol=1e-4)
+    check_export(Transformer(no_dropout().eval()), batch)
 
 
 def test_checkpointed_layers_give_the_same_gradients():
-    model = build().train()
-    gradients = []
-    for switch in (False, True):
-        if switch:
-            assert enable_activation_checkpointing(model) == 4
-        model.zero_grad()
-        torch.manual_seed(1)
-        sum(model([image(48, 64)]).values()).backward()
-        gradients.append([p.grad.clone() for p in model.parameters()])
-    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*gradients))
+    check_checkpointing(build().train(), [image(48, 64)])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

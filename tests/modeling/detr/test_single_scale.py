@@ -12,12 +12,18 @@ from torch import nn
 from d2dense.analysis import count_macs
 from d2dense.config import single_scale_detr
 from d2dense.config.defaults import get_cfg
-from d2dense.engine.recompute import enable_activation_checkpointing
 from d2dense.errors import UserError
 from d2dense.export import adapt
 from d2dense.modeling.detr import DeformableDETR
+from tests.modeling.detr.whole import (
+    CLASSES,
+    Transformer,
+    check_checkpointing,
+    check_export,
+    check_trace,
+    image,
+)
 
-CLASSES = 3
 KINDS = ("conditional", "dab")
 both = pytest.mark.parametrize("kind", KINDS)
 
@@ -57,16 +63,6 @@ def build(kind, *, layers=2, channels=16, dropout=0.0):
     with torch.no_grad():  # an untrained box head says the same for every query
         model.heads.boxes[0].layers[-1].weight.normal_(std=0.5)
     return model
-
-
-def image(height, width, seed=0, boxes=2):
-    g = torch.Generator().manual_seed(seed)
-    target = Instances((height, width))
-    corner = torch.rand(boxes, 2, generator=g) * 20
-    target.gt_boxes = Boxes(torch.cat([corner, corner + 8], dim=1))
-    target.gt_classes = torch.arange(boxes) % CLASSES
-    pixels = torch.randint(0, 256, (3, height, width), generator=g, dtype=torch.uint8)
-    return {"image": pixels, "instances": target, "height": height, "width": width}
 
 
 @both
@@ -147,66 +143,23 @@ def test_traced_inference_follows_other_sizes(kind):
                 assert torch.allclose(ours, theirs, atol=1e-3)
 
 
-class Transformer(nn.Module):
-    """From images and their sizes to logits and boxes."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, images, sizes=None):
-        if sizes is None:
-            sizes = images.new_tensor(images.shape[2:]).expand(len(images), -1)
-        maps = self.model.neck([self.model.backbone(images)["res5"]])
-        memory = self.model.encoder(maps, sizes, (images.shape[2], images.shape[3]))
-        return self.model.decode(memory, all_layers=False)
-
-
 @both
 def test_traced_transformer_takes_batches_of_other_sizes(kind):
     model = Transformer(build(kind).eval())
-
-    def inputs(batch, height, width):
-        sizes = torch.tensor([[height - 6.0, width - 20.0 * i] for i in range(batch)])
-        return torch.randn(batch, 3, height, width), sizes
-
-    with torch.no_grad():
-        traced = torch.jit.trace(model, inputs(1, 64, 96), check_trace=False)
-        for given in (inputs(2, 96, 64), inputs(1, 32, 160), inputs(3, 64, 128)):
-            for ours, theirs in zip(traced(*given), model(*given)):
-                assert torch.allclose(ours, theirs, atol=1e-4)
+    traced = check_trace(model, [(2, 96, 64), (1, 32, 160), (3, 64, 128)])
     assert "PythonOp" not in str(traced.inlined_graph)
 
 
 @pytest.mark.long
 @both
 def test_exported_transformer_takes_other_sizes(kind):
-    model = Transformer(build(kind).eval())
-    rows, columns = (32 * torch.export.Dim(name, min=2, max=16) for name in ("rows", "columns"))
-    program = torch.export.export(
-        model,
-        (torch.randn(2, 3, 96, 64), torch.tensor([[90.0, 60.0]] * 2)),
-        dynamic_shapes=({2: rows, 3: columns}, None),
-        strict=False,
-    )
-    other = torch.randn(2, 3, 64, 160), torch.tensor([[64.0, 130.0], [50.0, 160.0]])
-    with torch.no_grad():
-        for ours, theirs in zip(program.module()(*other), model(*other)):
-            assert torch.allclose(ours, theirs, atol=1e-4)
+    check_export(Transformer(build(kind).eval()), 2)
 
 
 @both
 def test_checkpointed_layers_give_the_same_gradients(kind):
     model = build(kind, dropout=0.1).train()
-    gradients = []
-    for switch in (False, True):
-        if switch:
-            assert enable_activation_checkpointing(model) == 4
-        model.zero_grad()
-        torch.manual_seed(1)
-        sum(model([image(48, 64), image(70, 90, 1)]).values()).backward()
-        gradients.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
-    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*gradients))
+    check_checkpointing(model, [image(48, 64), image(70, 90, 1)])
 
 
 @both

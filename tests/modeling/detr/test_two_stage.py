@@ -9,11 +9,18 @@ from detectron2.structures import ImageList
 from torch import nn
 
 from d2dense.config import detr
-from d2dense.engine.recompute import enable_activation_checkpointing
 from d2dense.export import adapt
 from d2dense.modeling.detr import inverse_sigmoid
 from d2dense.modeling.detr.positions import encode_coordinates
-from tests.modeling.detr.test_deformable_detr import CLASSES, Strides, image
+from tests.modeling.detr.test_deformable_detr import Strides
+from tests.modeling.detr.whole import (
+    CLASSES,
+    Transformer,
+    check_checkpointing,
+    check_export,
+    check_trace,
+    image,
+)
 from tests.modeling.waiting import OpCounter
 
 KINDS = ("deformable_detr_plus_plus", "dino")
@@ -187,16 +194,7 @@ def test_without_masks_padding_is_part_of_the_image(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_checkpointed_layers_give_the_same_gradients(kind):
-    model = build(kind).train()
-    gradients = []
-    for switch in (False, True):
-        if switch:
-            assert enable_activation_checkpointing(model) == 4
-        model.zero_grad()
-        torch.manual_seed(1)
-        sum(model([image(48, 64)]).values()).backward()
-        gradients.append([p.grad.clone() for p in model.parameters()])
-    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*gradients))
+    check_checkpointing(build(kind).train(), [image(48, 64)], atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -255,49 +253,15 @@ def test_meta_device(kind):
     assert found[0].scores.shape == (7,)
 
 
-class Transformer(nn.Module):
-    """Tensors in, tensors out."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, images, sizes):
-        maps = [self.model.backbone(images)[name] for name in "abc"]
-        memory = self.model.encoder(maps, sizes, (images.shape[2], images.shape[3]))
-        return self.model.decode(memory, all_layers=False)
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_traced_transformer_takes_batches_of_other_sizes(kind):
-    model = Transformer(build(kind).eval())
-
-    def inputs(batch, height, width):
-        sizes = torch.tensor([[height - 6.0, width - 20.0 * i] for i in range(batch)])
-        return torch.randn(batch, 3, height, width), sizes
-
-    with torch.no_grad():
-        traced = torch.jit.trace(model, inputs(1, 64, 96), check_trace=False)
-        for given in (inputs(2, 96, 64), inputs(1, 32, 160)):
-            for ours, theirs in zip(traced(*given), model(*given)):
-                assert torch.allclose(ours, theirs, atol=1e-4)
+    check_trace(Transformer(build(kind).eval()), [(2, 96, 64), (1, 32, 160)])
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("kind", KINDS)
 def test_exported_transformer_takes_other_sizes(kind):
-    model = Transformer(build(kind).eval())
-    side = torch.export.Dim("rows", min=2, max=16), torch.export.Dim("columns", min=2, max=16)
-    program = torch.export.export(
-        model,
-        (torch.randn(1, 3, 96, 64), torch.tensor([[90.0, 60.0]])),
-        dynamic_shapes=({2: 32 * side[0], 3: 32 * side[1]}, None),
-        strict=False,
-    )
-    given = torch.randn(1, 3, 64, 160), torch.tensor([[64.0, 130.0]])
-    with torch.no_grad():
-        for ours, theirs in zip(program.module()(*given), model(*given)):
-            assert torch.allclose(ours, theirs, atol=1e-4)
+    check_export(Transformer(build(kind).eval()), 1)
 
 
 # ------------------------------------------------ waiting for the device
