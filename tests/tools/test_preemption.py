@@ -96,12 +96,9 @@ def iterations_logged(folder):
 def test_sigterm_saves_the_step_and_exits_with_its_code(repo_root, configs, tmp_path):
     """One process; the resumed run ends as one that nobody stopped."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    assert (
-        Run(repo_root, configs["lazy"], *overrides(whole, 60, 1000), log=tmp_path / "a").exit_code()
-        == 0
-    )
+    assert main(["--config-file", configs["lazy"], *overrides(whole, 60, 1000)]) == 0
     arguments = [*overrides(parts, 60, 1000), "--resume"]
-    run = Run(repo_root, configs["lazy"], *arguments, log=tmp_path / "b")
+    run = Run(repo_root, configs["lazy"], *arguments, log=tmp_path / "log")
     run.wait_for(lambda: (parts / "metrics.json").exists(), "report")
     os.kill(run.process.pid, signal.SIGTERM)
     os.kill(run.process.pid, signal.SIGTERM)  # a second one must not break the saving
@@ -111,7 +108,7 @@ def test_sigterm_saves_the_step_and_exits_with_its_code(repo_root, configs, tmp_
     log = run.log.read_text()
     assert f"stopped after {done} iterations: SIGTERM; --resume goes on" in log
     assert "Traceback" not in log
-    assert Run(repo_root, configs["lazy"], *arguments, log=tmp_path / "c").exit_code() == 0
+    assert main(["--config-file", configs["lazy"], *arguments]) == 0
     one, two = (checkpoint.read(folder / "model_final.pth") for folder in (parts, whole))
     assert_same(one, two)
     assert iterations_logged(parts) == iterations_logged(whole)
@@ -196,7 +193,7 @@ def test_a_restart_without_a_checkpoint_starts_anew(repo_root, configs, tmp_path
     """An earlier run's checkpoint in the folder is not mistaken for this one's."""
     folder = tmp_path / "run"
     arguments = [*overrides(folder, 4, 1000), "--device", "cpu"]
-    assert Run(repo_root, configs["lazy"], *arguments, log=tmp_path / "a").exit_code() == 0
+    assert main(["--config-file", configs["lazy"], *arguments]) == 0
     earlier = (folder / "model_final.pth").stat().st_mtime_ns
     launcher = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
@@ -204,7 +201,7 @@ def test_a_restart_without_a_checkpoint_starts_anew(repo_root, configs, tmp_path
     ]
     arguments = [*overrides(folder, 150, 1000), "--device", "cpu"]
     reports = len(iterations_logged(folder))
-    run = Run(repo_root, configs["lazy"], *arguments, launcher=launcher, log=tmp_path / "b")
+    run = Run(repo_root, configs["lazy"], *arguments, launcher=launcher, log=tmp_path / "log")
     run.wait_for(lambda: len(iterations_logged(folder)) > reports, "report")
     os.kill(children(run.process.pid)[0], signal.SIGKILL)
     assert run.exit_code() == 0
