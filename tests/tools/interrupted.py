@@ -61,12 +61,13 @@ def use_noisy_detector(lazy_config: str) -> None:
     path.write_text(text.replace("from tests.tools.tiny_detector import TinyDetector", wanted))
 
 
-def arguments(config_file, overrides, *, stream, processes=1, resume=False, stop=None):
+def arguments(config_file, overrides, *, stream, processes=1, resume=False, stop=None, before=None):
     """Return what :func:`run` takes.
 
     Args:
         stream: beginning of the names of the files that :func:`run` notes the images in.
         stop: (moment, completed steps), or None for a run to the end.
+        before: arguments of another run that the processes do first.
     """
     return argparse.Namespace(
         config_file=config_file,
@@ -79,12 +80,15 @@ def arguments(config_file, overrides, *, stream, processes=1, resume=False, stop
         resume=resume,
         eval_only=False,
         stop=stop,
+        before=before,
         stream=stream,
     )
 
 
 def run(args: argparse.Namespace) -> None:
     """Train as the command line does, in one process of the run."""
+    if args.before is not None:
+        run(args.before)
     undo = _record(args)
     if args.stop is not None:
         undo += _STOPS[args.stop[0]](args.stop[1])

@@ -49,30 +49,26 @@ def files(tmp_path_factory, coco_set):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, files):
-    """Folders of runs that nothing stopped, by kind of config and number of processes."""
+    """Folders of runs that nothing stopped, by kind of config."""
     runs = {}
 
-    def build(kind, processes):
-        if (kind, processes) not in runs:
-            folder = tmp_path_factory.mktemp("whole") / "run"
-            train(files, kind, folder, processes=processes)
-            runs[kind, processes] = folder
-        return runs[kind, processes]
+    def build(kind):
+        if kind not in runs:
+            runs[kind] = tmp_path_factory.mktemp("whole") / "run"
+            train(files, kind, runs[kind])
+        return runs[kind]
 
     return build
 
 
-def train(files, kind, folder, *, processes=1, resume=False, stop=None, more=()):
+def arguments(files, kind, folder, *, more=(), **options):
     key = "OUTPUT_DIR" if kind == "yaml" else "train.output_dir"
-    args = interrupted.arguments(
-        files[kind],
-        [*OVERRIDES[kind], key, str(folder), *more],
-        stream=f"{folder}.stream",
-        processes=processes,
-        resume=resume,
-        stop=stop,
-    )
-    launch(interrupted.run, args)
+    overrides = [*OVERRIDES[kind], key, str(folder), *more]
+    return interrupted.arguments(files[kind], overrides, stream=f"{folder}.stream", **options)
+
+
+def train(files, kind, folder, **options):
+    launch(interrupted.run, arguments(files, kind, folder, **options))
 
 
 def streams(folder):
@@ -110,34 +106,35 @@ STOPS = {
 }
 
 
-def check(files, whole, folder, kind, stop, processes=1):
+def check(files, expected, folder, kind, stop, crash=interrupted.Crash, **options):
     moment, completed, kept = STOPS[stop]
-    ends = Preempted if moment == "signal" else interrupted.Crash
-    if processes > 1 and moment != "signal":
-        ends = ProcessRaisedException
-    with pytest.raises(ends):
-        train(files, kind, folder, processes=processes, stop=(moment, completed))
+    with pytest.raises(Preempted if moment == "signal" else crash):
+        train(files, kind, folder, stop=(moment, completed), **options)
     assert not (folder / "model_final.pth").exists()
     assert checkpoint.CheckpointFolder(folder).resume()[1]["iteration"] == kept - 1
-    train(files, kind, folder, processes=processes, resume=True)
-    assert_same_run(folder, whole(kind, processes), kept=kept)
+    train(files, kind, folder, processes=options.get("processes", 1), resume=True)
+    assert_same_run(folder, expected, kept=kept)
 
 
 @pytest.mark.parametrize("stop", STOPS)
 def test_one_process(files, whole, tmp_path, stop):
-    check(files, whole, tmp_path / "run", "yaml", stop)
+    check(files, whole("yaml"), tmp_path / "run", "yaml", stop)
 
 
 def test_one_process_with_a_lazy_config(files, whole, tmp_path):
-    check(files, whole, tmp_path / "run", "lazy", "in an accumulation")
+    check(files, whole("lazy"), tmp_path / "run", "lazy", "in an accumulation")
 
 
 @pytest.mark.parametrize(
     "stop", ["by a signal", pytest.param("in an accumulation", marks=pytest.mark.long)]
 )
-def test_two_processes(files, whole, tmp_path, stop):
-    """The signal goes to one of them only."""
-    check(files, whole, tmp_path / "run", "yaml", stop, processes=2)
+def test_two_processes(files, tmp_path, stop):
+    """The signal goes to one of them only. The run that nothing stops is done by the processes
+    that then start the other one: they take longer to begin than to train.
+    """
+    expected = arguments(files, "yaml", tmp_path / "whole", processes=2)
+    options = {"processes": 2, "before": expected, "crash": ProcessRaisedException}
+    check(files, tmp_path / "whole", tmp_path / "run", "yaml", stop, **options)
 
 
 def test_a_real_detector(tmp_path):
@@ -176,7 +173,7 @@ def test_a_real_detector(tmp_path):
 
 def test_what_is_compared_is_not_trivial(whole):
     """Images are augmented anew each time, and every kind of state is in the checkpoint."""
-    folder = whole("yaml", 1)
+    folder = whole("yaml")
     (stream,) = streams(folder)
     assert len(stream) == 4 * STEPS
     assert len(set(stream)) > 4 * STEPS // 2
