@@ -59,7 +59,7 @@ class _Reading:
 
     def _keep_values(self, module: nn.Module, given: tuple, values: Tensor) -> Tensor:
         self.values = values.detach().requires_grad_()
-        return self.values
+        return self.values.clone()  # attention may blank out padding in place
 
     def _keep_read(self, module: nn.Module, given: tuple[Tensor]) -> None:
         (self.read,) = given
