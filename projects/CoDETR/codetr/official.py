@@ -63,7 +63,6 @@ def build(variant: str, num_queries: int | None = None) -> CoDETR:
     if variant not in MODELS:
         raise UserError(f"unknown official model {variant!r}{nearest(variant, VARIANTS)}")
     node = MODELS[variant]()
-    node.by_offset = True  # official suppression rounds coordinates
     if num_queries is not None:
         node.queries.num_queries = num_queries
     return instantiate(node)

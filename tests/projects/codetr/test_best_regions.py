@@ -5,6 +5,7 @@ import torch
 from detectron2.modeling.roi_heads.fast_rcnn import fast_rcnn_inference_single_image
 
 from codetr.heads.faster_rcnn import best_regions
+from codetr.heads.suppression import Suppression
 
 
 @pytest.mark.parametrize("agnostic", [False, True])
@@ -20,7 +21,8 @@ def test_the_same_as_from_all_pairs(agnostic, crowded, first, threshold):
     boxes = torch.cat([corner, corner + extent], dim=-1).flatten(1)
     scores = torch.randn(regions, classes + 1, generator=generator).softmax(dim=1)
     settings = (threshold, 0.5, 40)
-    found = best_regions(boxes, scores, size, *settings, first=first)
+    suppression = Suppression(iou=0.5)
+    found = best_regions(boxes, scores, size, threshold, suppression, 40, first=first)
     expected, _ = fast_rcnn_inference_single_image(boxes, scores, size, *settings)
     assert len(expected) == 40 or crowded or threshold
     assert torch.equal(found.pred_boxes.tensor, expected.pred_boxes.tensor)

@@ -59,6 +59,7 @@ class ATSSHead(AnchorHead):
         class_weight, giou_weight, centerness_weight: of the losses
         score_threshold, candidates_per_level, nms_threshold, max_detections: of :meth:`detect`, see
             :func:`dense_detections`
+        soft_nms, by_offset: how it suppresses
     """
 
     node = "ATSS"
@@ -81,6 +82,8 @@ class ATSSHead(AnchorHead):
         candidates_per_level: int = 1000,
         nms_threshold: float = 0.6,
         max_detections: int = 100,
+        soft_nms: bool = False,
+        by_offset: bool = False,
     ):
         super().__init__(
             strides=strides,
@@ -92,6 +95,8 @@ class ATSSHead(AnchorHead):
             candidates_per_level=candidates_per_level,
             nms_threshold=nms_threshold,
             max_detections=max_detections,
+            soft_nms=soft_nms,
+            by_offset=by_offset,
         )
         self.assigner = ATSSAssigner(candidates=candidates)
         self.coder = BoxCoder(stds=stds)

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 from detectron2.config import CfgNode
-from detectron2.layers import batched_nms
 from detectron2.structures import Boxes, Instances
 from detectron2.utils import comm
 from fvcore.nn import sigmoid_focal_loss
@@ -24,6 +23,7 @@ from d2dense.modeling.detr.targets import image_size_tensor
 from ..auxiliary import AuxiliaryHead
 from .anchors import CellAnchors
 from .boxes import clip
+from .suppression import Suppression
 
 __all__ = [
     "DenseHead",
@@ -217,6 +217,8 @@ def dense_detections(
     candidates_per_level: int = 1000,
     nms_threshold: float = 0.6,
     max_detections: int = 100,
+    soft_nms: bool = False,
+    by_offset: bool = False,
 ) -> list[Instances]:
     """Return the detections of each image, best first, with ``pred_boxes``, ``scores`` and
     ``pred_classes``.
@@ -232,6 +234,7 @@ def dense_detections(
         candidates_per_level: pairs of anchor and class with the highest scores
         nms_threshold: IoU of the suppression within a class
         max_detections: per image
+        soft_nms, by_offset: how it suppresses, see :class:`Suppression`
     """
     classes = scores.shape[-1]
     chosen, first = [], 0
@@ -247,14 +250,15 @@ def dense_detections(
         found = found * ratings.gather(1, anchor)
     limits = image_size_tensor(image_sizes, boxes.device).flip(1).repeat(1, 2)[:, None]
     boxes = clip(boxes, limits).gather(1, anchor[..., None].expand(-1, -1, 4))
+    suppression = Suppression(iou=nms_threshold, soft=soft_nms, by_offset=by_offset)
     results = []
     for i, size in enumerate(image_sizes):
         mine = keep[i].nonzero()[:, 0]
         labels = chosen[i, mine] % classes
-        best = batched_nms(boxes[i, mine], found[i, mine], labels, nms_threshold)[:max_detections]
+        best, rated = suppression(boxes[i, mine], found[i, mine], labels, most=max_detections)
         instances = Instances(tuple(size))
         instances.pred_boxes = Boxes(boxes[i, mine[best]])
-        instances.scores = found[i, mine[best]]
+        instances.scores = rated
         instances.pred_classes = labels[best]
         results.append(instances)
     return results

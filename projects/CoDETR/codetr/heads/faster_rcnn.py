@@ -14,8 +14,7 @@ from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
 from detectron2.modeling.poolers import ROIPooler
 from detectron2.modeling.roi_heads import FastRCNNConvFCHead
-from detectron2.modeling.roi_heads.fast_rcnn import fast_rcnn_inference_single_image
-from detectron2.structures import Instances
+from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
 
 from d2dense.modeling.box_regression import giou_loss
@@ -29,6 +28,7 @@ from .dense import average_factor
 from .objects import Objects, pad_objects
 from .rpn import ProposalNetwork, Proposals
 from .sampling import Sampler
+from .suppression import Suppression
 
 __all__ = ["FasterRCNNHead", "SampledRegions"]
 
@@ -72,6 +72,7 @@ class FasterRCNNHead(AuxiliaryHead):
         class_weight, giou_weight: of the losses
         max_candidates: of the regions that queries are made of
         score_threshold, nms_threshold, max_detections: of :meth:`detect`
+        soft_nms, by_offset: how it suppresses, see :class:`Suppression`
     """
 
     @configurable
@@ -99,6 +100,8 @@ class FasterRCNNHead(AuxiliaryHead):
         score_threshold: float = 0.0,
         nms_threshold: float = 0.5,
         max_detections: int = 100,
+        soft_nms: bool = False,
+        by_offset: bool = False,
     ):
         super().__init__()
         self.rpn = rpn
@@ -124,7 +127,8 @@ class FasterRCNNHead(AuxiliaryHead):
         )
         self.class_weight, self.giou_weight = class_weight, giou_weight
         self.max_candidates = max_candidates
-        self.detection = (score_threshold, nms_threshold, max_detections)
+        suppression = Suppression(iou=nms_threshold, soft=soft_nms, by_offset=by_offset)
+        self.detection = (score_threshold, suppression, max_detections)
 
     @classmethod
     def from_config(
@@ -290,29 +294,29 @@ def best_regions(
     scores: Tensor,
     image_size: tuple[int, int],
     score_threshold: float,
-    nms_threshold: float,
+    suppression: Suppression,
     max_detections: int,
     *,
     first: int = 50,
 ) -> Instances:
-    """Return what Detectron2's inference of an image does, from few of the pairs of region and
-    class: what is not among the best has no say in what the best ones suppress, and there may be
-    millions.
+    """Return the detections of an image, best first, as Detectron2's inference does.
 
     Args:
-        boxes: ``(P, 4 K or 4)``
-        scores: ``(P, K + 1)``
-        first: pairs per detection to begin with
+        boxes: ``(P, 4 K or 4)``, xyxy in pixels; they are clipped here
+        scores: ``(P, K + 1)``, the background last
+        score_threshold: scores are above it
+        first: see :class:`Suppression`
     """
-    ranked = scores[:, :-1].flatten()
-    count = first * max_detections
-    while True:
-        lowest = score_threshold
-        if count < len(ranked):
-            lowest = max(score_threshold, float(ranked.topk(count).values[-1]))
-        found, _ = fast_rcnn_inference_single_image(
-            boxes, scores, tuple(image_size), lowest, nms_threshold, max_detections
-        )
-        if len(found) == max_detections or lowest == score_threshold:
-            return found
-        count *= 8
+    height, width = image_size
+    sound = boxes.isfinite().all(dim=1) & scores.isfinite().all(dim=1)
+    region, classes = ((scores[:, :-1] > score_threshold) & sound[:, None]).nonzero().unbind(dim=1)
+    boxes = boxes.view(len(boxes), -1, 4)
+    boxes = boxes[region, classes if boxes.shape[1] > 1 else 0]
+    boxes = clip(boxes, boxes.new_tensor([width, height, width, height]))
+    rows, found = suppression(
+        boxes, scores[region, classes], classes, most=max_detections, first=first
+    )
+    instances = Instances(tuple(image_size))
+    instances.pred_boxes = Boxes(boxes[rows])
+    instances.scores, instances.pred_classes = found, classes[rows]
+    return instances

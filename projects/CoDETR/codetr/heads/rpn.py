@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from detectron2.layers import batched_nms
 from detectron2.modeling.proposal_generator.rpn import StandardRPNHead
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
@@ -22,6 +21,7 @@ from .boxes import BoxCoder, clip
 from .dense import average_factor, flatten_levels
 from .objects import Objects
 from .sampling import Sampler
+from .suppression import Suppression
 
 __all__ = ["ProposalNetwork", "Proposals"]
 
@@ -61,6 +61,7 @@ class ProposalNetwork(nn.Module):
         train_proposals, test_proposals: P, what remains after suppression within each level
         nms_threshold: IoU of the suppression
         test_nms_threshold: in tests; None: the same
+        by_offset: how it suppresses, see :class:`Suppression`; levels are its classes
     """
 
     def __init__(
@@ -83,6 +84,7 @@ class ProposalNetwork(nn.Module):
         test_proposals: int = 1000,
         nms_threshold: float = 0.7,
         test_nms_threshold: float | None = None,
+        by_offset: bool = False,
     ):
         super().__init__()
         self.strides = tuple(strides)
@@ -99,8 +101,11 @@ class ProposalNetwork(nn.Module):
         self.class_weight, self.box_weight = class_weight, box_weight
         if test_nms_threshold is None:
             test_nms_threshold = nms_threshold
-        self.train_limits = (train_candidates, train_proposals, nms_threshold)
-        self.test_limits = (test_candidates, test_proposals, test_nms_threshold)
+        train, test = (
+            Suppression(iou=iou, by_offset=by_offset) for iou in (nms_threshold, test_nms_threshold)
+        )
+        self.train_limits = (train_candidates, train_proposals, train)
+        self.test_limits = (test_candidates, test_proposals, test)
 
     def predict(self, maps: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """Return logits ``(N, 9, Hl, Wl)`` and deltas ``(N, 36, Hl, Wl)`` of all levels."""
@@ -159,7 +164,7 @@ class ProposalNetwork(nn.Module):
         limits: Tensor,
         candidates: int,
         proposals: int,
-        nms_threshold: float,
+        suppression: Suppression,
     ) -> Proposals:
         """Choose by score in each level, clip, drop what is empty, suppress, choose again; the
         suppression waits for the device, once per image.
@@ -176,9 +181,10 @@ class ProposalNetwork(nn.Module):
         boxes, scores = clip(torch.cat(boxes, dim=1), limits), torch.cat(scores, dim=1)
         empty = (boxes[..., 2:] <= boxes[..., :2]).any(dim=-1)
         scores = scores.masked_fill(empty, -1.0)  # last, and they suppress nothing
+        boxes = boxes.masked_fill(empty[..., None], 0.0)
         levels = torch.cat(levels, dim=1)
         kept = [
-            batched_nms(*each, nms_threshold)[:proposals]
+            suppression(*each, most=proposals)[0]
             for each in zip(boxes.unbind(), scores.unbind(), levels.unbind())
         ]
         index = pad_sequence(kept, batch_first=True, padding_value=-1)
