@@ -7,6 +7,7 @@ decoder layers, Hl and Wl size of level l.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -40,13 +41,17 @@ def load(variant: str, state_dict: Mapping[str, Tensor], num_queries: int | None
     Args:
         variant: one of :data:`VARIANTS`.
         state_dict: the official weights under the official names; the model gets a copy. What the
-            model computes itself, such as rotary tables, is not needed.
+            model computes itself, such as rotary tables, is not needed; the table of whole maps, if
+            given, says for which size of images it was made.
         num_queries: another number than the official one.
 
     Raises:
         UserError: an unknown variant, or weights that are missing, unused or of another shape.
     """
-    return build_with_weights(partial(build, variant, num_queries), state_dict, "codetr")
+    table = state_dict.get("backbone.rope_glb.freqs_cos")
+    side = None if table is None else math.isqrt(len(table))
+    make = partial(build, variant, num_queries, rotary_side=side)
+    return build_with_weights(make, state_dict, "codetr")
 
 
 def state_dict(detector: nn.Module) -> dict[str, Tensor]:
@@ -54,8 +59,14 @@ def state_dict(detector: nn.Module) -> dict[str, Tensor]:
     return convert_back(detector, "codetr")
 
 
-def build(variant: str, num_queries: int | None = None) -> CoDETR:
+def build(
+    variant: str, num_queries: int | None = None, *, rotary_side: int | None = None
+) -> CoDETR:
     """Return an official model with fresh weights.
+
+    Args:
+        variant, num_queries: see :func:`load`
+        rotary_side: another one than the official one, see :class:`EVA02ViT`
 
     Raises:
         UserError: an unknown variant.
@@ -65,6 +76,8 @@ def build(variant: str, num_queries: int | None = None) -> CoDETR:
     node = MODELS[variant]()
     if num_queries is not None:
         node.queries.num_queries = num_queries
+    if rotary_side is not None:
+        node.backbone.rotary_side = rotary_side
     return instantiate(node)
 
 

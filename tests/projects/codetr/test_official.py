@@ -99,6 +99,18 @@ def test_the_number_of_queries_is_an_option():
         official.load("co_dino_5scale_r50_1x", weights)
 
 
+def test_weights_made_for_another_size_of_images_say_so(monkeypatch):
+    """Models with large-scale jitter save a rotary table for their size: here 1024 pixels."""
+    monkeypatch.setattr(official, "build_with_weights", lambda build, *_: build())
+    table = {"backbone.rope_glb.freqs_cos": torch.zeros(64 * 64, 64)}
+    sides = []
+    with torch.device("meta"):
+        for weights in ({}, table):
+            model = official.load("co_dino_5scale_lsj_vit_large_lvis", weights)
+            sides.append(model.backbone.rotary_side)
+    assert sides == [96, 64]
+
+
 def test_mistakes_are_one_line():
     with pytest.raises(UserError, match="did you mean 'co_dino_5scale_r50_1x'"):
         official.load("co_dino_5scale_r50", {})
