@@ -59,7 +59,8 @@ def sample_by_grid(value: Tensor, shapes: Shapes, locations: Tensor, weights: Te
         image = maps[:, :, start : start + height * width].unflatten(2, (height, width))
         samples = F.grid_sample(image, grids[:, :, level], align_corners=False)
         total = total + (samples * shares[..., level, :]).sum(dim=-1)
-    return torch.cat(total.view(m, n, *total.shape[1:]).unbind(), dim=1).transpose(1, 2)
+    total = torch.cat(total.view(m, n, *total.shape[1:]).unbind(), dim=1)
+    return total.transpose(1, 2).contiguous()  # a linear layer follows, one product of its rows
 
 
 def _spans(shapes: Shapes) -> Iterator[tuple[int, int, int]]:
