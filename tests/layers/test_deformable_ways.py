@@ -81,8 +81,8 @@ def test_16_bit_values_under_autocast(dtype):
 
 
 def test_less_than_half_the_memory_of_the_plain_formula():
-    given = case(((48, 48), (24, 24)), q=3000, heads=4, width=32, points=4, dtype=torch.float32)
-    grad = torch.randn(2, 3000, 128)
+    given = case(((64, 64), (32, 32)), q=5440, heads=8, width=32, points=4, dtype=torch.float32)
+    grad = torch.randn(2, 5440, 256)
     used = [
         benchmark.peak_memory(lambda f=function: with_gradients(f, grad, *given))
         for function in (deformable_sampling, plain)
