@@ -64,7 +64,7 @@ class _Recorder(TorchDispatchMode):
             self.found.update(_of_matrices(*args[:2]))
         elif name is _aten.addmm:
             self.found.update(_of_matrices(*args[1:3]))
-        elif name is torch.ops.mkldnn._linear_pointwise:
+        elif str(name) == "mkldnn._linear_pointwise":
             self.found.update(_of_matrices(args[0], args[1].t()))
         elif name is _aten.bmm:
             self.found.update(_of_batches(*args[:2]))

@@ -44,8 +44,10 @@ def is_supported(value: Tensor, shapes: Shapes) -> bool:
         return False
     if value.dtype not in _KINDS[device] | _16_BITS:
         return False
+    if device == "cpu":  # sparse products need MKL, which PyTorch has on x86 only
+        return torch.backends.mkl.is_available()
     # torch.compile cannot ask, and needs the same things on CUDA itself
-    return device == "cpu" or torch.compiler.is_compiling() or _triton_works(value.device)
+    return torch.compiler.is_compiling() or _triton_works(value.device)
 
 
 @functools.lru_cache

@@ -11,6 +11,9 @@ from .deformable_sampling import is_recorded
 
 __all__ = ["Linear"]
 
+# None where PyTorch is built without oneDNN, as for some processors
+_PRODUCT = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+
 
 class Linear(nn.Linear):
     """``nn.Linear``, with the same parameters and results.
@@ -24,7 +27,7 @@ class Linear(nn.Linear):
         if self.is_fused(x):
             how = "relu" if relu else "none"
             rows = x.reshape(-1, x.shape[-1])
-            y = torch.ops.mkldnn._linear_pointwise(rows, self.weight, self.bias, how, [], "")
+            y = _PRODUCT(rows, self.weight, self.bias, how, [], "")
             return y.view(*x.shape[:-1], y.shape[1])
         y = F.linear(x, self.weight, self.bias)
         return F.relu(y) if relu else y
@@ -38,12 +41,15 @@ class Linear(nn.Linear):
             and x.dtype == self.weight.dtype == torch.float32
             and x.numel() > 0
             and not torch.is_autocast_enabled("cpu")
-            and torch.backends.mkldnn.is_available()
+            and _PRODUCT is not None
             and torch.backends.mkldnn.enabled
             and not is_recorded()
         )
 
 
-@register_flop_formula(torch.ops.mkldnn._linear_pointwise)
 def _flops(x: tuple[int, ...], weight: tuple[int, ...], *_, **__) -> int:
     return 2 * x[0] * weight[0] * weight[1]
+
+
+if _PRODUCT is not None:
+    register_flop_formula(_PRODUCT)(_flops)
