@@ -26,6 +26,8 @@ _NAME = "d2dense::deformable_sampling"
 _BACKWARD = f"{_NAME}_backward"
 _KINDS = {"cpu": {torch.float64, torch.float32}, "cuda": {torch.float32}}
 _16_BITS = {torch.float16, torch.bfloat16}
+# on the CPU they are MKL's, which PyTorch has on x86 only; asked here, as torch.compile cannot ask
+_HAS_SPARSE_PRODUCTS = torch.backends.mkl.is_available()
 _MAX_LEVELS = {"cpu": sys.maxsize, "cuda": 8}
 
 
@@ -44,8 +46,8 @@ def is_supported(value: Tensor, shapes: Shapes) -> bool:
         return False
     if value.dtype not in _KINDS[device] | _16_BITS:
         return False
-    if device == "cpu":  # sparse products need MKL, which PyTorch has on x86 only
-        return torch.backends.mkl.is_available()
+    if device == "cpu":
+        return _HAS_SPARSE_PRODUCTS
     # torch.compile cannot ask, and needs the same things on CUDA itself
     return torch.compiler.is_compiling() or _triton_works(value.device)
 

@@ -8,8 +8,7 @@ from torch import nn
 from torch.library import opcheck
 
 from d2dense import benchmark
-from d2dense.layers import deformable_benchmark, deformable_sampling
-from d2dense.layers.deformable_op import is_supported
+from d2dense.layers import deformable_benchmark, deformable_op, deformable_sampling
 from d2dense.layers.deformable_sampling import sample_by_grid
 from tests.layers.deformable_cases import ODD, SIZES, case, plain, with_gradients
 
@@ -182,8 +181,8 @@ def test_benchmark_writes_a_table(tmp_path):
 def test_without_mkl_the_pure_path_is_taken(monkeypatch):
     """PyTorch for ARM has no sparse products on the CPU."""
     value, shapes, locations, weights = case(ODD, dtype=torch.float32)
-    assert is_supported(value, shapes) == torch.backends.mkl.is_available()
-    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
-    assert not is_supported(value, shapes)
+    assert deformable_op.is_supported(value, shapes) == torch.backends.mkl.is_available()
+    monkeypatch.setattr(deformable_op, "_HAS_SPARSE_PRODUCTS", False)
+    assert not deformable_op.is_supported(value, shapes)
     found = deformable_sampling(value, shapes, locations, weights)
     assert torch.equal(found, sample_by_grid(value, shapes, locations, weights))
