@@ -150,6 +150,7 @@ def test_on_transformers(kind):
     check_other_sizes(model, exported(model))
 
 
+@pytest.mark.long
 def test_the_tool_checks_it_in_a_fresh_process(tmp_path):
     """Which can import none of our packages."""
     done = export("CoDETR/co_dino_tiny_shapes", output_dir=tmp_path)
