@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from packaging.version import Version
-from torch import Tensor
+from torch import Tensor, library
 
 from . import deformable_cpu
 
@@ -120,10 +120,10 @@ def _gradients(ctx, grad: Tensor):
 
 # register_kernel of custom_op would import the whole compiler at the first call
 _ARGUMENTS = "Tensor value, SymInt[] sizes, Tensor locations, Tensor weights"
-torch.library.define(_NAME, f"({_ARGUMENTS}) -> Tensor")
-torch.library.define(_BACKWARD, f"(Tensor grad, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor)")
-torch.library.impl(_NAME, tuple(_KINDS), _forward)
-torch.library.impl(_BACKWARD, tuple(_KINDS), _backward)
-torch.library.register_fake(_NAME, _like_result)
-torch.library.register_fake(_BACKWARD, _like_inputs)
-torch.library.register_autograd(_NAME, _gradients, setup_context=_keep)
+library.define(_NAME, f"({_ARGUMENTS}) -> Tensor")
+library.define(_BACKWARD, f"(Tensor grad, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor)")
+library.impl(_NAME, tuple(_KINDS), _forward)
+library.impl(_BACKWARD, tuple(_KINDS), _backward)
+library.register_fake(_NAME, _like_result)
+library.register_fake(_BACKWARD, _like_inputs)
+library.register_autograd(_NAME, _gradients, setup_context=_keep)
