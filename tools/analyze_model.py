@@ -4,7 +4,7 @@ import json
 import sys
 from pathlib import Path
 
-from d2dense import analysis, config
+from d2dense import config, costs
 from d2dense.errors import ToolParser, UserError, run_tool
 
 
@@ -28,13 +28,13 @@ def main(argv=None):
     if min(args.input_size) < 1:
         raise UserError(f"--input-size is {args.input_size}, expected two positive numbers")
     model = config.build_model(config.load(args.config_file, args.overrides), device="cpu")
-    report = analysis.analyze(
+    report = costs.analyze(
         model,
         tasks=args.tasks,
         input_size=tuple(args.input_size),
         attention=not args.without_attention,
     )
-    print(analysis.format_report(report, depth=args.depth))
+    print(costs.format_report(report, depth=args.depth))
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(report, indent=1) + "\n")

@@ -32,7 +32,7 @@ from typing import Any
 import yaml
 from tabulate import tabulate
 
-from d2dense import analysis, benchmark, config
+from d2dense import benchmark, config, costs
 from d2dense.errors import UserError, nearest
 
 from .curves import read_metrics
@@ -223,7 +223,7 @@ def _results(study: Study) -> dict[str, dict[str, dict[int, float]]]:
 def _costs(study: Study, model: str) -> dict[str, str]:
     run = next(run for run in study.runs if run.model == model)
     built = config.build_model(config.load(run.config, run.overrides), device="cpu")
-    report = analysis.analyze(built, tasks=("params", "flops"), input_size=study.input_size)
+    report = costs.analyze(built, tasks=("params", "flops"), input_size=study.input_size)
     return {
         "M parameters": f"{report['params'] / 1e6:.3f}",
         "GMAC": f"{report['macs'] / 1e9:.4f}",

@@ -62,8 +62,8 @@ def _stop_before_work(name: str, module, monkeypatch) -> None:
         monkeypatch.setattr(module, "CocoResults", _nothing)
         monkeypatch.setattr(module, "class_indices", _nothing)
     elif name == "analyze_model":
-        monkeypatch.setattr(module.analysis, "analyze", lambda *args, **kwargs: {})
-        monkeypatch.setattr(module.analysis, "format_report", lambda *args, **kwargs: "")
+        monkeypatch.setattr(module.costs, "analyze", lambda *args, **kwargs: {})
+        monkeypatch.setattr(module.costs, "format_report", lambda *args, **kwargs: "")
     elif name == "export_model":
         monkeypatch.setattr(module.export, "export", _exported)
         monkeypatch.setattr(module.export, "evaluate_exported", lambda *args: {})

@@ -9,9 +9,9 @@ from detectron2.modeling.backbone import Backbone, BasicStem, ResNet
 from detectron2.structures import Boxes, ImageList, Instances, pairwise_iou
 from torch import nn
 
-from d2dense.analysis import count_macs
 from d2dense.config import single_scale_detr
 from d2dense.config.defaults import get_cfg
+from d2dense.costs import count_macs
 from d2dense.errors import UserError
 from d2dense.export import adapt
 from d2dense.modeling.detr import DeformableDETR

@@ -11,7 +11,7 @@ from torch import nn
 from cednet import CEDNet, CEDNetTrunk, NextFamily, official
 from cednet.classifier import CEDNetClassifier
 from d2dense import config, model_zoo
-from d2dense.analysis import analyze, count_macs
+from d2dense.costs import analyze, count_macs
 from tests.projects.cednet import tiny
 
 DETECTION, IMAGENET, ADE20K = (800, 1280), (224, 224), (512, 2048)

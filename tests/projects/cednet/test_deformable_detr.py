@@ -11,8 +11,8 @@ from torch import nn
 from cednet import official
 from cednet.official_names import correspondence
 from d2dense import config, model_zoo
-from d2dense.analysis import count_macs, detection_input
 from d2dense.checkpoint import convert
+from d2dense.costs import count_macs, detection_input
 from d2dense.data import mappers
 from d2dense.engine.experiment import experiment
 from d2dense.errors import UserError

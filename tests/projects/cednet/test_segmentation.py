@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from cednet.official_names import correspondence
-from d2dense import analysis, config, model_zoo
+from d2dense import config, costs, model_zoo
 from d2dense.checkpoint import convert
 from d2dense.data import builtin, loaders, mappers
 from d2dense.data.augmentations import RandomScale
@@ -48,9 +48,9 @@ def on_meta(name, kind="lazy"):
 )
 def test_costs_of_one_pass_without_the_auxiliary_classifier(name, count, macs):
     model = on_meta(name)
-    inputs = analysis.detection_input(512, 2048, device="meta")
-    found = analysis.count_macs(model, inputs, attention=False)
-    assert analysis.count_parameters(model)[""] == count
+    inputs = costs.detection_input(512, 2048, device="meta")
+    found = costs.count_macs(model, inputs, attention=False)
+    assert costs.count_parameters(model)[""] == count
     assert found[""] / 1e9 == pytest.approx(macs, rel=0.01)
     assert "sem_seg_head.auxiliary" not in found
     assert model.inference.window == [512, 512]  # counting puts it back

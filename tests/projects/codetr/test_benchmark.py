@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from d2dense import analysis, matmul_floor, stopwatch
+from d2dense import costs, matmul_floor, stopwatch
 from d2dense.matmul_floor import Product
 from tests.projects.codetr import tiny
 
@@ -40,7 +40,7 @@ def test_a_detectors_products_are_its_macs(kind):
     images = tiny.inputs(sizes=((64, 96),), counts=(1,))
     with torch.no_grad():
         products = matmul_floor.collect_products(lambda: model(images))
-        expected = analysis.count_macs(model, images)[""]
+        expected = costs.count_macs(model, images)[""]
     assert matmul_floor.macs(products) == pytest.approx(expected, rel=0.01)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from d2dense import config, model_zoo
-from d2dense.analysis import count_macs, count_parameters, detection_input
+from d2dense.costs import count_macs, count_parameters, detection_input
 from d2dense.export import adapt
 from d2dense.modeling.detr import DeformableDETR
 from tests.projects.codetr import family

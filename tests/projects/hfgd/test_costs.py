@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from d2dense import config, model_zoo
-from d2dense.analysis import count_macs, count_parameters
+from d2dense.costs import count_macs, count_parameters
 from d2dense.layers import fold_for_inference
 
 CLOSE = 0.005

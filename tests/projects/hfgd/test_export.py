@@ -6,7 +6,7 @@ import pytest
 import torch
 from detectron2.layers import ShapeSpec
 
-from d2dense.analysis import count_macs
+from d2dense.costs import count_macs
 from d2dense.export import adapt, export_model, to_torchscript
 from d2dense.modeling import Segmenter, TimmBackbone
 from tests.export.exportable import picture

@@ -9,7 +9,7 @@ import torch
 from detectron2.config import instantiate
 from torch import nn
 
-from d2dense import analysis, model_zoo
+from d2dense import costs, model_zoo
 from d2dense.config import detectors
 from tools import analyze_model
 
@@ -28,10 +28,10 @@ class Net(nn.Module):
 
 def test_counts_equal_closed_forms():
     model = Net().train()
-    params = analysis.count_parameters(model)
+    params = costs.count_parameters(model)
     assert params["conv"] == 3 * 8 * 9 + 8
     assert params[""] == params["conv"] + 8 * 5 + 5 + 2 * 8
-    macs = analysis.count_macs(model, analysis.detection_input(32, 48))
+    macs = costs.count_macs(model, costs.detection_input(32, 48))
     assert macs["conv"] == 16 * 24 * 8 * 3 * 9
     assert macs["fc"] == 8 * 5
     assert macs[""] == macs["conv"] + macs["fc"]
@@ -53,13 +53,13 @@ class Attending(nn.Module):
 def test_attention_is_counted_as_products_with_and_without_a_fused_operator():
     image = [{"image": torch.ones(3, 4, 4)}]
     linear, products = 6 * 8 * 24, 2 * (6 * 8 * 6)
-    assert analysis.count_macs(Attending(), image)[""] == linear + 2 * products
-    assert analysis.count_macs(Attending(), image, attention=False)[""] == linear
+    assert costs.count_macs(Attending(), image)[""] == linear + 2 * products
+    assert costs.count_macs(Attending(), image, attention=False)[""] == linear
 
 
 def test_second_stage_is_counted_for_all_its_proposals_whatever_the_weights():
     model = model_zoo.get_model("FSCascade/cascade_rcnn_r50_fpn_1x")
-    macs = analysis.count_macs(model, analysis.detection_input(64, 64))
+    macs = costs.count_macs(model, costs.detection_input(64, 64))
     fc_pair = 12544 * 1024 + 1024 * 1024
     assert macs["roi_heads.box_head"] == 1000 * 3 * fc_pair
     # the last stage alone classifies, every stage moves the boxes
@@ -71,7 +71,7 @@ def test_second_stage_is_counted_for_all_its_proposals_whatever_the_weights():
 def test_masks_are_counted_for_all_detections_whatever_the_weights(detector):
     pyramid = detectors.timm_fpn("test_convnext", width=64, channels=16)
     model = instantiate(getattr(detectors, detector)(backbone=pyramid, channels=16))
-    macs = analysis.count_macs(model, analysis.detection_input(64, 64))
+    macs = costs.count_macs(model, costs.detection_input(64, 64))
     per_box = 14 * 14 * (4 * 16 * 16 * 9 + 16 * 16 * 4) + 28 * 28 * 16 * 80
     heads = 3 if detector == "cascade_mask_rcnn" else 1
     assert macs["roi_heads.mask_head"] == heads * 100 * per_box
