@@ -1,5 +1,5 @@
-"""Where the projects are: found in a checkout's ``projects`` folder, or among installed packages by
-entry point.
+"""Where the projects are: found in a checkout's ``projects`` folder, in the folders that the
+environment variable ``D2DENSE_PROJECTS`` lists, or among installed packages by entry point.
 
 A project called ``FSCascade`` is the package ``fscascade``; importing it registers its modules, its
 function ``add_fscascade_config(cfg)`` adds its yacs keys, and its configs lie in the ``configs``
@@ -11,29 +11,74 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.metadata
+import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
-__all__ = ["ENTRY_POINT_GROUP", "add_project_configs", "config_folder", "import_all", "names"]
+from d2dense.errors import UserError
+
+__all__ = [
+    "ENTRY_POINT_GROUP",
+    "FOLDERS_VARIABLE",
+    "add_project_configs",
+    "config_folder",
+    "import_all",
+    "names",
+]
 
 ENTRY_POINT_GROUP = "d2dense.projects"
+FOLDERS_VARIABLE = "D2DENSE_PROJECTS"  # separated as in PATH; each is like the checkout's folder
 _CHECKOUT = Path(__file__).resolve().parents[1] / "projects"
+
+
+def _folders() -> list[Path]:
+    """Return the folders of projects: the checkout's, and the user's own.
+
+    Raises:
+        UserError: the environment variable names what is no folder.
+    """
+    own = [Path(each) for each in os.environ.get(FOLDERS_VARIABLE, "").split(os.pathsep) if each]
+    for folder in own:
+        if not folder.is_dir():
+            raise UserError(
+                f"{FOLDERS_VARIABLE} names {folder}, which is no folder; expected folders like "
+                f"{_CHECKOUT}, separated by {os.pathsep!r}"
+            )
+    return [_CHECKOUT, *(folder.resolve() for folder in own)]
+
+
+def _in_folders() -> Iterator[tuple[str, str, Path]]:
+    """Yield name, package and folder of every project that is found in a folder."""
+    for root in _folders():
+        for folder in sorted(root.glob("*/")):
+            package = folder.name.lower()
+            if (folder / package / "__init__.py").is_file():
+                yield folder.name, package, folder
 
 
 @functools.cache
 def _packages() -> dict[str, str]:
-    """Map project names to importable package names; a checkout's own projects come first."""
+    """Map project names to importable package names; those in folders come before installed ones.
+
+    Raises:
+        UserError: two folders have a project of the same package name.
+    """
+    places: dict[str, Path] = {}
     found = {
         point.name: point.value
         for point in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP)
     }
-    for folder in sorted(_CHECKOUT.glob("*/")):
-        package = folder.name.lower()
-        if (folder / package / "__init__.py").is_file():
-            found[folder.name] = package
-            if str(folder) not in sys.path:
-                sys.path.append(str(folder))
+    for name, package, folder in _in_folders():
+        if places.setdefault(package, folder) != folder:
+            raise UserError(
+                f"{folder} and {places[package]} are both the project {name!r}; rename one of "
+                f"them, or take its folder out of {FOLDERS_VARIABLE}"
+            )
+        found[name] = package
+        if str(folder) not in sys.path:
+            sys.path.append(str(folder))
     return dict(sorted(found.items()))
 
 
