@@ -4,7 +4,7 @@ Importing the package registers the datasets that go by name (:mod:`.builtin`).
 """
 
 from . import builtin
-from .classes import dataset_classes, resolve_class_counts
+from .classes import dataset_classes
 from .datasets import DatasetSpec, register, register_custom
 from .loaders import build_test_loader, build_train_loader, get_dataset_dicts
 from .mappers import DetectionMapper, SemanticMapper
@@ -23,5 +23,4 @@ __all__ = [
     "read_label_map",
     "register",
     "register_custom",
-    "resolve_class_counts",
 ]

@@ -20,7 +20,7 @@ from torch import nn
 
 from d2dense import config
 from d2dense.config import common
-from d2dense.data import classes, datasets, loaders
+from d2dense.data import datasets, loaders
 from d2dense.errors import UserError, nearest
 from d2dense.evaluation import build_evaluator
 
@@ -68,7 +68,7 @@ class Experiment(abc.ABC):
         train_names = self.train_names
         if not training:
             self._set_train_names([])
-        self.cfg = classes.resolve_class_counts(self.cfg)
+        self.cfg = config.resolve_class_counts(self.cfg)
         self._set_train_names(train_names)
         # evaluations during a training see images at one size, in a small part of the time
         self.multi_scale = not training and config.is_multi_scale(self.cfg)

@@ -7,8 +7,8 @@ from detectron2.config import LazyCall as L
 from omegaconf import OmegaConf
 from torch import nn
 
-from d2dense.config import get_cfg
-from d2dense.data.classes import CLASS_COUNT_KEYS, dataset_classes, resolve_class_counts
+from d2dense.config import CLASS_COUNT_KEYS, get_cfg, resolve_class_counts
+from d2dense.data.classes import dataset_classes
 from d2dense.data.datasets import register_custom
 from d2dense.errors import UserError
 

@@ -17,7 +17,7 @@ from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.utils import comm
 from torch import nn
 
-from d2dense.data.classes import CLASS_COUNT_KEYS
+from d2dense.config import CLASS_COUNT_KEYS
 from d2dense.engine import train_net
 from d2dense.engine.guard import GuardedModel
 from d2dense.engine.hooks import PeriodicEvaluation

@@ -8,7 +8,7 @@ from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.structures import Boxes, Instances
 from torch import nn
 
-from d2dense.data.classes import CLASS_COUNT_KEYS
+from d2dense.config import CLASS_COUNT_KEYS
 
 CLASS_COUNT_KEYS["TinyDetector"] = ["MODEL.ROI_HEADS.NUM_CLASSES"]
 

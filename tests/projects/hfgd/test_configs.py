@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from d2dense import config, model_zoo
-from d2dense.data.classes import resolve_class_counts
+from d2dense.config import resolve_class_counts
 from d2dense.errors import UserError
 from tests.projects import parity
 from tests.projects.parity import KINDS, on_meta, settings_of
