@@ -21,6 +21,7 @@ from d2dense.errors import UserError, nearest
 
 from . import lazy, overrides
 from .defaults import get_cfg
+from .names import get_config_file, list_models
 from .text import parse_yaml, to_yaml
 
 __all__ = ["build_model", "check_device", "dump", "kind_of", "load", "resolve_device", "save"]
@@ -72,11 +73,9 @@ def _find(path_or_name: str | Path) -> Path:
         if path.suffix not in (".py", ".yaml", ".yml"):
             raise UserError(f"config {path} ends in {path.suffix!r}, expected .py, .yaml or .yml")
         return path
-    from d2dense import model_zoo  # the model zoo loads through this module
-
-    known = model_zoo.list_models()
+    known = list_models()
     if str(path_or_name) in known:
-        return model_zoo.get_config_file(str(path_or_name))
+        return get_config_file(str(path_or_name))
     raise UserError(
         f"config {str(path_or_name)!r} is neither a file nor a model-zoo "
         f"name{nearest(str(path_or_name), known)}"
