@@ -20,9 +20,9 @@ from fvcore.common.param_scheduler import CosineParamScheduler, MultiStepParamSc
 from omegaconf import DictConfig, OmegaConf
 
 from d2dense.data import augmentations, classification, loaders, mappers
-from d2dense.engine.optim import param_groups
-from d2dense.engine.schedule import CosineAfterWarmup, PolyParamScheduler
 from d2dense.evaluation import build_evaluator
+from d2dense.solver.optim import param_groups
+from d2dense.solver.schedule import CosineAfterWarmup, PolyParamScheduler
 
 __all__ = [
     "adamw",
@@ -279,7 +279,7 @@ def adamw(
 
     Args:
         weight_decay_1d, weight_decay_heads, layer_decay: see
-            :func:`d2dense.engine.optim.param_groups`.
+            :func:`d2dense.solver.optim.param_groups`.
     """
     return L(torch.optim.AdamW)(
         params=L(param_groups)(

@@ -24,11 +24,11 @@ __all__ = ["check_call", "check_targets", "dump", "named", "target_of", "walk"]
 # evaluators and optimizers are made of. A .py config is code and may name anything.
 _TRUSTED = (
     "d2dense.data",
-    "d2dense.engine.optim",
-    "d2dense.engine.schedule",
     "d2dense.evaluation",
     "d2dense.layers",
     "d2dense.modeling",
+    "d2dense.solver.optim",
+    "d2dense.solver.schedule",
     "detectron2.data",
     "detectron2.evaluation",
     "detectron2.layers",

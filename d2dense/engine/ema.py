@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .sharded import local_part, share_like
+from d2dense.solver.sharded import local_part, share_like
 
 __all__ = ["ModelEMA"]
 

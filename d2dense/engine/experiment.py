@@ -23,8 +23,8 @@ from d2dense.config import common
 from d2dense.data import datasets, loaders
 from d2dense.errors import UserError, nearest
 from d2dense.evaluation import build_evaluator
+from d2dense.solver.optim import param_groups
 
-from .optim import param_groups
 from .scaling import scale_to_world_size
 from .settings import RunSettings
 

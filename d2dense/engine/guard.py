@@ -15,8 +15,7 @@ from detectron2.utils import comm
 from torch import nn
 
 from d2dense.errors import UserError
-
-from .sharded import local_part
+from d2dense.solver.sharded import local_part
 
 __all__ = [
     "GuardedModel",

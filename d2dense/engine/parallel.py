@@ -17,12 +17,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from d2dense.errors import UserError
 from d2dense.layers.sync_norm import has_sync_norms
+from d2dense.solver.sharded import gathered, local_part, share_like
 
 from .agreement import AgreedGradients
 from .guard import GuardedModel
 from .recompute import blocks
 from .settings import RunSettings
-from .sharded import gathered, local_part, share_like
 from .unused import require_gradients
 
 __all__ = ["FullShares", "OptimizerShares", "Replicas", "build_parallel"]

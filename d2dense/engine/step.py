@@ -13,10 +13,10 @@ from torch import nn
 
 from d2dense.errors import UserError
 from d2dense.layers import explained_single_values
+from d2dense.solver.optim import GradientClipper
 
 from .guard import StepGuard
 from .memory import explained_shortage, training_levers
-from .optim import GradientClipper
 from .parallel import Replicas, build_parallel
 from .settings import RunSettings
 

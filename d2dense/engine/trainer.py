@@ -22,6 +22,8 @@ from d2dense.data.classes import class_names, dataset_classes
 from d2dense.errors import UserError
 from d2dense.evaluation import evaluate
 from d2dense.layers.sync_norm import replace_sync_norms
+from d2dense.solver.schedule import LRSchedule
+from d2dense.solver.sharded import gathered
 
 from . import random_state
 from .ema import ModelEMA
@@ -36,8 +38,6 @@ from .recompute import enable_activation_checkpointing
 from .resuming import check_resumable, find_checkpoint, first_line, with_present_options
 from .saved_state import check_loaded, check_saved
 from .scaling import scale_learning_rates, world_change_message
-from .schedule import LRSchedule
-from .sharded import gathered
 from .signals import Preempted, StopRequest
 from .step import StepResult, TrainStep
 

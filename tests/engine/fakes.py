@@ -7,8 +7,8 @@ from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 from torch import nn
 
-from d2dense.engine.schedule import PolyParamScheduler
 from d2dense.engine.settings import RunSettings
+from d2dense.solver.schedule import PolyParamScheduler
 
 SIZE = 6
 

@@ -19,10 +19,10 @@ from detectron2.utils import comm
 from torch import nn
 
 from d2dense import config
-from d2dense.engine.optim import param_groups
 from d2dense.engine.recompute import blocks
 from d2dense.engine.trainer import Trainer
 from d2dense.errors import UserError
+from d2dense.solver.optim import param_groups
 from tests.engine.fakes import FakeExperiment, make_batches
 
 MODES = ("none", "zero1", "fsdp")

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from d2dense.engine.launch import launch
-from d2dense.engine.optim import is_norm
 from d2dense.errors import UserError
 from d2dense.layers import SyncBatchNorm, has_sync_norms, replace_sync_norms
+from d2dense.solver.optim import is_norm
 from tests.engine.workers import arguments
 from tests.layers import workers
 

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from d2dense import config
-from d2dense.engine.optim import param_groups
 from d2dense.errors import UserError
 from d2dense.modeling import LateStrideResNet, TimmBackbone
+from d2dense.solver.optim import param_groups
 
 TINY = {"layers": [2, 3, 2, 3], "channels": [2, 3, 4, 6], "stem_width": 4, "zero_init_last": False}
 RESNET = {"name": "resnet50s", "out_indices": (1, 2, 3, 4)}

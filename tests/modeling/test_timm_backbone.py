@@ -11,10 +11,10 @@ from detectron2.modeling import build_backbone
 from torch import nn
 
 from d2dense import config
-from d2dense.engine.optim import param_groups
 from d2dense.errors import UserError
 from d2dense.modeling import TimmBackbone
 from d2dense.modeling.necks import HRFPN, NASFPN, BiFPN
+from d2dense.solver.optim import param_groups
 
 TINY = "test_convnext"  # 4 stages of 24 to 64 channels
 SWIN = "swin_tiny_patch4_window7_224"

@@ -9,11 +9,11 @@ from timm.models.eva import Eva
 from torch import nn
 
 from d2dense import config
-from d2dense.engine.optim import param_groups
 from d2dense.engine.recompute import enable_activation_checkpointing
 from d2dense.errors import UserError
 from d2dense.modeling import EVA02ViT
 from d2dense.modeling.vit import rotary_table
+from d2dense.solver.optim import param_groups
 from tests.modeling import plain_vit
 
 HEADS = 2

@@ -8,8 +8,8 @@ from torch import nn
 
 from cednet import CEDNet, CEDNetClassifier, CEDNetTrunk, StageClassifier, official
 from cednet.official_names import correspondence
-from d2dense.engine.optim import param_groups
 from d2dense.layers import Residual
+from d2dense.solver.optim import param_groups
 from tests.projects.cednet import golden, tiny
 
 needs_meta = pytest.mark.skipif(not golden.train_meta(), reason="no official training facts here")

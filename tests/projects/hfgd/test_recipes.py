@@ -13,7 +13,7 @@ from torch import nn
 from d2dense import config, model_zoo
 from d2dense.data import mappers
 from d2dense.engine.experiment import experiment
-from d2dense.engine.optim import is_norm
+from d2dense.solver.optim import is_norm
 from tests.data.test_semantic_augmentations import everything
 
 PASCAL, CITY = "pascal_context_sem_seg", "cityscapes_fine_sem_seg"

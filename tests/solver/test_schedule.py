@@ -8,7 +8,7 @@ import pytest
 import torch
 from detectron2.config import instantiate
 
-from d2dense.engine.schedule import LRSchedule, PolyParamScheduler
+from d2dense.solver.schedule import LRSchedule, PolyParamScheduler
 
 MAX_ITER, WARMUP, START = 200, 20, 0.1
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from d2dense.engine.optim import GradientClipper, is_norm, param_groups
 from d2dense.errors import UserError
+from d2dense.solver.optim import GradientClipper, is_norm, param_groups
 
 
 class ChannelNorm(nn.Module):
