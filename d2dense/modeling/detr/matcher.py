@@ -21,6 +21,7 @@ from .targets import Targets
 __all__ = ["HungarianMatcher", "Matches"]
 
 _INVALID = 1e6  # cost where a prediction is not finite
+_SMALL = 2**16  # pairs of one image among which the assignment is found at once
 
 
 class Matches(NamedTuple):
@@ -102,7 +103,27 @@ def _assign(table: np.ndarray, targets: Targets, device: torch.device) -> Matche
     d, n, _, g = table.shape
     queries, found = np.zeros((d, n, g), dtype=np.int64), np.zeros((d, n, g), dtype=bool)
     for layer, image in np.ndindex(d, n):
-        rows, columns = linear_sum_assignment(table[layer, image, :, : targets.counts[image]])
+        columns, rows = _least(table[layer, image, :, : targets.counts[image]].T)
         queries[layer, image, columns] = rows
         found[layer, image, columns] = True
     return Matches(*(torch.from_numpy(x).to(device, non_blocking=True) for x in (queries, found)))
+
+
+def _least(costs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the rows and columns of the assignment of least total cost of ``(G, Q)``.
+
+    Where there are many queries, those that are not among the G cheapest of any object are left out
+    beforehand. That loses nothing: let an assignment give an object a query beyond its G cheapest.
+    The other G - 1 objects leave one of these free; moving the object there costs no more, and the
+    others stay. Object by object, an optimum becomes one without any such query, so the least cost
+    is the same; and where costs are distinct, such a move costs less, so that no optimum had such a
+    query at all.
+    """
+    objects, queries = costs.shape
+    if costs.size <= _SMALL or queries < 2 * objects:
+        return linear_sum_assignment(costs)
+    costs = np.ascontiguousarray(costs)  # by object, as what follows reads it
+    limits = np.partition(costs, objects - 1, axis=1)[:, objects - 1 : objects]
+    kept = np.flatnonzero((costs <= limits).any(axis=0))
+    rows, columns = linear_sum_assignment(costs[:, kept])
+    return rows, kept[columns]

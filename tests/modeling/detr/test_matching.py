@@ -6,9 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from detectron2.structures import Boxes, Instances
+from scipy.optimize import linear_sum_assignment
 from torchvision.ops import box_convert, generalized_box_iou, sigmoid_focal_loss
 
-from d2dense.modeling.detr import DETRCriterion, HungarianMatcher, build_targets
+from d2dense.modeling.detr import DETRCriterion, HungarianMatcher, build_targets, matcher
 
 CLASSES = 5
 
@@ -207,3 +208,57 @@ def test_autocast_does_not_change_the_losses():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         cast = criterion()(logits, boxes, given)
     assert all(torch.equal(plain[name], cast[name]) for name in plain)
+
+
+# ------------------------------------------------ many queries
+
+
+def crowded(queries, count, spread):
+    """Costs ``(Q, G)`` of objects that want the same queries, unless ``spread`` is large."""
+    g = torch.Generator().manual_seed(count)
+    common = torch.rand(queries, 1, generator=g)
+    return (common + spread * torch.rand(queries, count, generator=g)).double().numpy()
+
+
+@pytest.mark.parametrize(
+    ("queries", "count", "spread"),
+    [
+        (30, 4, 0.01),
+        (30, 4, 10.0),
+        (200, 50, 0.1),
+        (7, 3, 1.0),
+        (7, 7, 1.0),
+        (5, 9, 1.0),
+        (9, 0, 1.0),
+    ],
+)
+def test_queries_that_are_left_out_change_no_assignment(monkeypatch, queries, count, spread):
+    monkeypatch.setattr(matcher, "_SMALL", 0)
+    table = crowded(queries, count, spread)
+    rows, columns = matcher._least(table.T)
+    theirs = linear_sum_assignment(table)
+    assert sorted(zip(columns.tolist(), rows.tolist())) == list(zip(*(x.tolist() for x in theirs)))
+
+
+def test_ties_cost_no_more(monkeypatch):
+    monkeypatch.setattr(matcher, "_SMALL", 0)
+    g = torch.Generator().manual_seed(0)
+    for _ in range(50):
+        table = torch.randint(0, 4, (40, 6), generator=g).double().numpy()
+        rows, columns = matcher._least(table.T)
+        assert len(set(columns.tolist())) == len(set(rows.tolist())) == 6
+        assert table[columns, rows].sum() == table[linear_sum_assignment(table)].sum()
+
+
+def test_many_objects_look_at_few_of_many_queries(monkeypatch):
+    """Objects in one place: scipy sees their candidates only (200 objects, 20,000 positions)."""
+    seen = []
+    monkeypatch.setattr(
+        matcher, "linear_sum_assignment", lambda c: seen.append(c.shape) or linear_sum_assignment(c)
+    )
+    boxes = torch.rand(1, 1, 20_000, 4) * 0.2 + 0.1
+    given = instances(torch.tensor([[20.0, 20.0, 60.0, 60.0]]).repeat(200, 1))
+    given.gt_classes.zero_()
+    found = HungarianMatcher()(torch.zeros(1, 1, 20_000, CLASSES), boxes, targets(given))
+    assert seen[0] == (200, 200)  # the same boxes have the same cheapest queries
+    assert len(found.queries.unique()) == 200
