@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -49,7 +49,7 @@ def _all_proposals(model: nn.Module) -> Iterator[None]:
 
     Untrained weights give a few, or a random number; the second stage's cost is proportional.
     """
-    generator = getattr(model, "proposal_generator", None)
+    generator: Any = getattr(model, "proposal_generator", None)
     counts = getattr(generator, "post_nms_topk", None)
     if not isinstance(counts, dict):
         yield
@@ -70,7 +70,7 @@ def _all_proposals(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def _all_detections(model: nn.Module) -> Iterator[None]:
     """Let mask and keypoint branches see as many detections as there are at most."""
-    heads = getattr(model, "roi_heads", None)
+    heads: Any = getattr(model, "roi_heads", None)
     predictor = getattr(heads, "box_predictor", None)
     if isinstance(predictor, nn.ModuleList):
         predictor = predictor[-1]
@@ -131,7 +131,7 @@ def _unfilled(model: nn.Module) -> Iterator[None]:
     """Let a backbone take the image at its size, rounded up to the stride of its coarsest maps: to
     fill batches up further is the choice of a recipe and no part of published costs.
     """
-    backbone = getattr(model, "backbone", None)
+    backbone: Any = getattr(model, "backbone", None)
     multiple = getattr(backbone, "_size_divisibility", 0)
     if multiple <= _STRIDE:
         yield
@@ -212,7 +212,7 @@ def count_macs(model: nn.Module, inputs: Any, *, attention: bool = True) -> dict
 def analyze(
     model: nn.Module,
     *,
-    tasks: list[str],
+    tasks: Collection[str],
     input_size: tuple[int, int],
     device: str = "cpu",
     attention: bool = True,

@@ -10,7 +10,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 __all__ = ["ToolParser", "UserError", "nearest", "run_tool"]
 
@@ -66,8 +66,8 @@ class ToolParser(argparse.ArgumentParser):
         return super().parse_known_args(args, namespace)
 
     def parse_known_intermixed_args(
-        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
-    ) -> tuple[argparse.Namespace, list[str]]:
+        self, args: Iterable[str] | None = None, namespace: Any = None
+    ) -> tuple[Any, list[str]]:
         args = list(sys.argv[1:] if args is None else args)
         start = self._overrides_start(args)
         namespace, rest = super().parse_known_intermixed_args(args[:start], namespace)

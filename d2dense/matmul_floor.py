@@ -32,11 +32,13 @@ class Product(NamedTuple):
 
 
 def _of_matrices(left: Tensor, right: Tensor) -> list[Product]:
-    return [Product(1, *left.shape, right.shape[1])]
+    rows, inner = left.shape
+    return [Product(1, rows, inner, right.shape[1])]
 
 
 def _of_batches(left: Tensor, right: Tensor) -> list[Product]:
-    return [Product(*left.shape, right.shape[2])]
+    batch, rows, inner = left.shape
+    return [Product(batch, rows, inner, right.shape[2])]
 
 
 def _of_convolution(image: Tensor, weight: Tensor, output: Tensor, groups: int) -> list[Product]:

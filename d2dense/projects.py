@@ -105,6 +105,6 @@ def add_project_configs(cfg) -> None:
 
 def config_folder(name: str) -> Path:
     """Return the folder that holds the configs of the project ``name``."""
-    package = Path(import_all()[name].__file__).parent
+    package = Path(str(import_all()[name].__file__)).parent
     inside = package / "configs"
     return inside if inside.is_dir() else package.parent / "configs"

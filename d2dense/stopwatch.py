@@ -42,7 +42,7 @@ class Stopwatch:
     def shares(self) -> dict[str, float]:
         """Return each part's share of all, largest first."""
         total = sum(self.seconds.values())
-        order = sorted(self.seconds, key=self.seconds.get, reverse=True)
+        order = sorted(self.seconds, key=lambda name: self.seconds[name], reverse=True)
         return {name: self.seconds[name] / total for name in order}
 
     def timed(self, function: Callable, name: str) -> Callable:

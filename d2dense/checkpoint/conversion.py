@@ -203,11 +203,12 @@ def _check_shapes(misshaped: list[tuple[str, Tensor, Tensor]], known: Correspond
             f"{tuple(expected.shape)}"
         )
         keys |= {known.class_key(theirs)}
-    if None in keys:
+    named = sorted(key for key in keys if key is not None)
+    if len(named) < len(keys):
         remedy = "use the config of the model that the file belongs to (number of classes, widths)"
     else:
         remedy = (
-            f"set {' and '.join(sorted(keys))} to the file's number of classes; training on "
+            f"set {' and '.join(named)} to the file's number of classes; training on "
             "another number starts with these tensors afresh where TRAIN.REINIT_MISSHAPED "
             "(train.reinit_misshaped) is true"
         )

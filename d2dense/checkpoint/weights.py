@@ -135,7 +135,7 @@ def load_weights(
             tensor fits, or a recognised file of another model that is of another variant.
     """
     content = files.read(path, allow_pickle=allow_pickle)
-    weights = _tensors(content["model"], str(path))
+    weights: Mapping[str, torch.Tensor] = _tensors(content["model"], str(path))
     own = model.state_dict()
     if not weights:
         raise UserError(f"{path} holds no weights")

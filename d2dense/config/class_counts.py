@@ -105,7 +105,7 @@ def _count_leaves(model: DictConfig) -> Iterator[tuple[str, int | str]]:
 
 def _count(key: str, value: int | str, names: list[str], kind: str, take: bool) -> int:
     if not names:
-        if value in _AUTO:
+        if isinstance(value, str) or value in _AUTO:
             raise UserError(f"{key} is 'auto', but the config names no dataset to take it from")
         return value
     classes = dataset_classes(names, kind)

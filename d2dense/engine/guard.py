@@ -72,7 +72,7 @@ class GuardedModel(nn.Module):
         self.model = model
         self.replace_failed = replace_failed
 
-    def forward(self, batch: list[Any]) -> dict[str, torch.Tensor]:
+    def forward(self, batch: list[Any]) -> Mapping[str, torch.Tensor]:
         try:
             losses = self.model(batch)
         except FloatingPointError as error:
@@ -170,6 +170,7 @@ class StepGuard:
         """
         if self._event is not None:
             self._event.synchronize()
+        assert self._flags is not None, "no losses were given since the last decision"
         bad, stop = self._flags.tolist()
         if not bad and self.policy == "skip":
             bad = not _agreed_finite(gradients)

@@ -161,14 +161,14 @@ def _wait_for_one(processes: list[BaseProcess]) -> BaseProcess | None:
 
     To be asked before PyTorch learns of it and kills the others.
     """
-    alive = {each.sentinel: each for each in processes if each.exitcode is None}
+    alive: dict[Any, BaseProcess] = {p.sentinel: p for p in processes if p.exitcode is None}
     for sentinel in wait(list(alive)):
         alive[sentinel].join()  # it has let go of its pipe, but may not have its exit code yet
     return next((each for each in processes if (each.exitcode or 0) < 0), None)
 
 
 def _obituary(process: BaseProcess) -> str:
-    number = -process.exitcode
+    number = -(process.exitcode or 0)
     try:
         name = signal.Signals(number).name
     except ValueError:

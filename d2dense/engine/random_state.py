@@ -28,7 +28,8 @@ def seed_process(seed: int) -> None:
 def process_state() -> dict[str, Any]:
     """Return the state of this process's generators as plain values and tensors."""
     version, words, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state()
+    of_numpy: Any = np.random.get_state()
+    name, keys, position, has_gauss, cached = of_numpy
     state = {
         "python": [version, torch.tensor(words, dtype=torch.int64), gauss],
         "numpy": [name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached],

@@ -17,7 +17,7 @@ from .together import decided_by_main
 __all__ = ["check_resumable", "find_checkpoint", "first_line", "with_present_options"]
 
 
-def find_checkpoint(folder: checkpoint.CheckpointFolder) -> tuple[os.PathLike, dict] | None:
+def find_checkpoint(folder: checkpoint.CheckpointFolder) -> tuple[str | os.PathLike, dict] | None:
     """Return path and content of the checkpoint to resume from, the same in all processes."""
     found = None
 

@@ -143,7 +143,7 @@ def write_table(study: Study, *, path: Path, command: str) -> None:
             row[f"{dataset}"] = f"{statistics.mean(values):.1f} +- {spread:.1f}"
             row[f"{dataset}, each seed"] = ", ".join(f"{value:.1f}" for value in values)
         rows.append(row)
-    report = {
+    report: dict[str, Any] = {
         "title": study.title,
         "metric": study.metric,
         "command": command,

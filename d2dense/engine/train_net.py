@@ -142,7 +142,7 @@ def _setup(exp: Experiment, args: argparse.Namespace) -> None:
 
 def _evaluate(exp: Experiment, *, resume: bool) -> dict[str, dict]:
     settings = exp.settings
-    path = settings.init_checkpoint
+    path: str | Path = settings.init_checkpoint
     if resume:
         # one process looks: a run that trains in this folder may save at the same moment
         path = decided_by_main(CheckpointFolder(settings.output_dir).last) or path
@@ -159,4 +159,4 @@ def _evaluate(exp: Experiment, *, resume: bool) -> dict[str, dict]:
     model = exp.build_model()
     report = checkpoint.load_weights(model, path, allow_pickle=settings.allow_pickle)
     report.require_complete()
-    return evaluate_model(exp, model)
+    return evaluate_model(exp, model) or {}

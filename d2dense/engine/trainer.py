@@ -206,7 +206,7 @@ class Trainer(TrainerBase):
         with self.stop_request.listening(), self._same_bits(), storage as self.storage:
             # before the clock starts: this may generate or index a data set
             finished = self.completed >= self.max_iter
-            loader = None if finished else self._build_loader()
+            loader = () if finished else self._build_loader()
             if self._random is not None:
                 random_state.restore_process(self._random)
             self.before_train()
@@ -344,7 +344,8 @@ class Trainer(TrainerBase):
         self.step.guard.skipped = state.get("skipped_steps", 0)
         self._load_progress(state)
         self._hook_states = dict(state["hooks"])
-        present, self._hooks = self._hooks, []
+        present = list(self._hooks)
+        self._hooks.clear()
         self.register_hooks(present)
 
     @contextmanager
@@ -428,7 +429,7 @@ class Trainer(TrainerBase):
             go_on_from=self.record.last_report + 1 if self.resume else None,
         )
 
-    def _resume(self, path: os.PathLike, state: dict[str, Any]) -> None:
+    def _resume(self, path: str | os.PathLike, state: dict[str, Any]) -> None:
         try:
             check_resumable(state, self.optimizer)
             check_saved(state)

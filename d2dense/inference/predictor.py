@@ -29,6 +29,8 @@ __all__ = ["Predictor"]
 logger = logging.getLogger(__name__)
 
 Picture = str | os.PathLike | np.ndarray
+# What a mapper says of how it prepares a picture.
+_OF_MAPPER = ("augmentations", "image_format")
 
 
 class Predictor:
@@ -99,7 +101,7 @@ class Predictor:
         Raises:
             UserError: a file that cannot be read, or an array of another kind.
         """
-        if not isinstance(pictures, (list, tuple)):
+        if isinstance(pictures, str) or not isinstance(pictures, Sequence):
             return self._predict([pictures])[0]
         outputs: list[dict] = []
         for start in range(0, len(pictures), self.batch_size):
@@ -185,7 +187,14 @@ def _preprocessing(cfg: CfgNode | DictConfig) -> tuple[T.AugmentationList, str]:
             steps = T.AugmentationList(augmentations.default(is_train=False))
             return steps, model_format or "BGR"
         mapper = instantiate(node)
-    return mapper.augmentations, mapper.image_format
+    steps, image_format = (getattr(mapper, name, None) for name in _OF_MAPPER)
+    if steps is None or image_format is None:
+        raise UserError(
+            f"the mapper of the test images is a {type(mapper).__name__}, which does not say how "
+            f"it prepares a picture; give it the attributes {' and '.join(_OF_MAPPER)}, as "
+            "Detectron2's DatasetMapper has them"
+        )
+    return steps, image_format
 
 
 def _to_bgr(picture: Picture) -> np.ndarray:

@@ -42,7 +42,8 @@ def draw(
     """
     canvas = np.ascontiguousarray(image).copy()
     if "panoptic_seg" in output:
-        _draw_panoptic(canvas, *output["panoptic_seg"], metadata, alpha, labels)
+        segments, infos = output["panoptic_seg"]
+        _draw_panoptic(canvas, segments, infos, metadata, alpha, labels)
     elif "sem_seg" in output:
         _draw_semantic(canvas, output["sem_seg"], metadata, alpha, labels)
     # A panoptic map shows its instances already.
@@ -93,10 +94,12 @@ def _draw_instances(
 def _draw_semantic(
     canvas: np.ndarray, scores: torch.Tensor, metadata: Metadata, alpha: float, labels: bool
 ) -> None:
-    """Colour every pixel by its best class of ``scores`` (C, H, W); a map (H, W) is taken as is."""
+    """Colour every pixel by its best class of ``scores`` (C, H, W); a map (H, W) is taken as is,
+    its negative pixels have no class.
+    """
     classes = scores.argmax(dim=0) if scores.ndim == 3 else scores
     classes = classes.cpu().numpy()
-    for index in np.unique(classes).tolist():
+    for index in np.unique(classes[classes >= 0]).tolist():
         mask = classes == index
         colour = class_colour(metadata, index, "stuff")
         _paint_mask(canvas, mask, colour, alpha)
@@ -122,7 +125,8 @@ def _draw_panoptic(
         kind = "thing" if info["isthing"] else "stuff"
         colour = class_colour(metadata, info["category_id"], kind)
         if info["isthing"]:  # neighbours of one class differ a little
-            colour = tuple(max(0, c - 25 * (number % 3)) for c in colour)
+            blue, green, red = (max(0, c - 25 * (number % 3)) for c in colour)
+            colour = (blue, green, red)
         _paint_mask(canvas, mask, colour, alpha, outline=bool(info["isthing"]))
         if labels:
             _name_region(canvas, mask, class_name(metadata, info["category_id"], kind), colour)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,7 +14,7 @@ from .deformable_sampling import is_recorded
 __all__ = ["Linear"]
 
 # None where PyTorch is built without oneDNN, as for some processors
-_PRODUCT = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+_PRODUCT: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 
 
 class Linear(nn.Linear):

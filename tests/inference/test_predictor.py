@@ -9,6 +9,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from detectron2.config import LazyCall
 from detectron2.engine import DefaultPredictor
 from PIL import Image
 
@@ -151,6 +152,17 @@ def test_exif_orientation_of_files_is_applied(tiny_cfg, picture, tmp_path, orien
 
 
 # Weights and data sets ----------------------------------------------------------------------------
+
+
+class BareMapper:
+    """Takes records and says nothing of how."""
+
+
+def test_a_mapper_that_says_nothing_of_pictures_is_named():
+    cfg = config.load(LAZY)
+    cfg.dataloader.test.mapper = LazyCall(BareMapper)()
+    with pytest.raises(UserError, match=r"a BareMapper.* attributes augmentations and"):
+        Predictor(cfg)
 
 
 def test_weights_are_loaded(tiny_cfg, tmp_path):
