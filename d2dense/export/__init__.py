@@ -55,6 +55,7 @@ from .adapters import Adapter, Output, adapt, register_adapter
 from .artefact import ExportedDetector, evaluate_exported, load
 from .devices import device_constants
 from .pipeline import FORMATS, Exported, export, export_model
+from .support import refusal
 from .torchscript import METHODS, to_torchscript
 from .verification import CheckError, ImageCheck, check_images, verify
 
@@ -74,6 +75,7 @@ __all__ = [
     "export",
     "export_model",
     "load",
+    "refusal",
     "register_adapter",
     "to_torchscript",
     "verify",

@@ -14,7 +14,6 @@ import torchvision.ops.boxes
 from detectron2.export import scripting_with_instances
 from detectron2.export.torchscript_patch import patch_builtin_len
 from detectron2.modeling.box_regression import Box2BoxTransform
-from detectron2.modeling.roi_heads import CascadeROIHeads
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import Tensor, nn
 
@@ -23,6 +22,7 @@ from d2dense.layers import SyncBatchNorm, fold_for_inference
 
 from .adapters import Adapter, adapt
 from .devices import device_constants, unbind_devices
+from .support import check_supported
 
 __all__ = ["METHODS", "quiet", "to_torchscript"]
 
@@ -40,13 +40,14 @@ def to_torchscript(
     Args:
         image: ``(C, H, W)`` in [0, 255], what is traced; scripting runs nothing and ignores it.
         method: ``trace`` records one run (every supported model); ``script`` compiles the code
-            (FSCascadeROIHeads with everything on or off, Faster and Mask R-CNN, RetinaNet).
+            (R-CNNs, RetinaNet, segmenters and classifiers, see :mod:`.support`).
 
     Raises:
         UserError: an unknown method, a model without adapter, or one that the method cannot do.
     """
     if method not in METHODS:
         raise UserError(f"method {method!r}, expected one of {', '.join(METHODS)}")
+    check_supported(model, "torchscript", method)
     adapter = adapt(fold_for_inference(copy.deepcopy(model))).eval()
     for parameter in adapter.parameters():
         parameter.requires_grad_(False)
@@ -79,19 +80,22 @@ def _script(adapter: Adapter, image: Tensor) -> torch.jit.ScriptModule:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise UserError(
             f"{_parts(adapter.model)} cannot be scripted ({(lines or [type(error).__name__])[0]}); "
-            f"use --method trace{_hint(adapter.model)}"
+            "use --method trace"
         ) from error
 
 
 def _make_plain(model: nn.Module) -> None:
-    """Turn what a lazy config left in attributes into lists, tuples and dicts, in place.
+    """Turn what a lazy config left in attributes into lists, tuples and dicts, and sets into lists,
+    in place.
 
-    Scripting types attributes by their values and does not know omegaconf's containers.
+    Scripting types attributes by their values and does not know omegaconf's containers, nor sets.
     """
     for module in model.modules():
         for name, value in list(vars(module).items()):
             if isinstance(value, (ListConfig, DictConfig)):
                 setattr(module, name, OmegaConf.to_container(value))
+            elif isinstance(value, set) and not name.startswith("_non_persistent"):
+                setattr(module, name, sorted(value))
             elif isinstance(value, Box2BoxTransform) and isinstance(value.weights, ListConfig):
                 value.weights = tuple(value.weights)
 
@@ -111,15 +115,6 @@ def _unsynchronise(model: nn.Module) -> None:
 def _parts(model: nn.Module) -> str:
     heads = getattr(model, "roi_heads", None)
     return type(model).__name__ + ("" if heads is None else f" with {type(heads).__name__}")
-
-
-def _hint(model: nn.Module) -> str:
-    if type(getattr(model, "roi_heads", None)) is not CascadeROIHeads:
-        return ""
-    return (
-        ", or FlexibleCascadeROIHeads (MODEL.ROI_HEADS.NAME), which is the same model with the "
-        "same parameter names"
-    )
 
 
 METHODS: dict[str, Callable[[Adapter, Tensor], torch.jit.ScriptModule]] = {

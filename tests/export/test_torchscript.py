@@ -145,9 +145,22 @@ def test_the_model_stays_as_it_was(method):
     assert isinstance(model.eval()([{"image": image}])[0]["instances"], Instances)
 
 
-def test_what_cannot_be_scripted_says_what_to_do():
-    with pytest.raises(UserError, match=r"CascadeROIHeads cannot be scripted .*--method trace"):
-        to_torchscript(tiny_model(heads="CascadeROIHeads"), picture(96, 128), method="script")
+class _Unscriptable(nn.Module):
+    """Something that no rule knows: the compiler finds it."""
+
+    def __init__(self, part):
+        super().__init__()
+        self.part = part
+
+    def forward(self, x):
+        return self.part(*[x for _ in range(len(self.__dict__))])
+
+
+def test_what_no_rule_knows_is_told_by_the_compiler():
+    model = tiny_model()
+    model.roi_heads.box_pooler = _Unscriptable(model.roi_heads.box_pooler)
+    with pytest.raises(UserError, match=r"^GeneralizedRCNN with FSCascadeROIHeads .*\(\w"):
+        to_torchscript(model, picture(96, 128), method="script")
     assert not hasattr(Instances, "__torch_script_class__")
 
 
