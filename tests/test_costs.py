@@ -69,7 +69,7 @@ def test_second_stage_is_counted_for_all_its_proposals_whatever_the_weights():
 
 @pytest.mark.parametrize("detector", ["mask_rcnn", "cascade_mask_rcnn"])
 def test_masks_are_counted_for_all_detections_whatever_the_weights(detector):
-    pyramid = detectors.timm_fpn("test_convnext", width=64, channels=16)
+    pyramid = detectors.timm_fpn("test_convnext", channels=16)
     model = instantiate(getattr(detectors, detector)(backbone=pyramid, channels=16))
     macs = costs.count_macs(model, costs.detection_input(64, 64))
     per_box = 14 * 14 * (4 * 16 * 16 * 9 + 16 * 16 * 4) + 28 * 28 * 16 * 80

@@ -239,8 +239,9 @@ def _add_model_keys(cfg: CN) -> None:
     cfg.MODEL.FPN.NUM_REPEATS = 7
     # timm's name of the model (modeling/timm_backbone.py),
     cfg.MODEL.TIMM = CN({"NAME": "convnext_tiny"})
-    # which of its feature maps, and which of them are returned ("res2"...; none named: all),
-    cfg.MODEL.TIMM.OUT_INDICES = [0, 1, 2, 3]
+    # which of its feature maps (-1 is the last), and which of them are returned ("res2"...; none
+    # named: all, or those that the pyramid around it takes),
+    cfg.MODEL.TIMM.OUT_INDICES = [-4, -3, -2, -1]
     cfg.MODEL.TIMM.OUT_FEATURES = []
     # drop path of the last block,
     cfg.MODEL.TIMM.DROP_PATH = 0.0
@@ -271,19 +272,25 @@ def _add_model_keys(cfg: CN) -> None:
     cfg.MODEL.SWIN.DROP_PATH = 0.2
     cfg.MODEL.SWIN.OUT_FEATURES = ("res2", "res3", "res4", "res5")
     cfg.MODEL.SWIN.SIZE_DIVISIBILITY = 0
-    # BACKBONE.NAME "EVA02ViT" (modeling/vit.py), which explains the sizes; its map is "res4";
+    # BACKBONE.NAME "EVA02ViT" (modeling/vit.py) or Detectron2's, "ViTDet" (modeling/vitdet.py),
+    # which explain the sizes; their map is "res4";
     cfg.MODEL.VIT = CN({"CHANNELS": 1024, "DEPTH": 24, "HEADS": 16, "PATCH": 16})
     cfg.MODEL.VIT.MLP_RATIO = 8 / 3
     # side of the windows in tokens, and the blocks that attend everywhere,
     cfg.MODEL.VIT.WINDOW = 24
     cfg.MODEL.VIT.GLOBAL_BLOCKS = (3, 7, 11, 15, 19, 23)
-    # side of the grid of learned positions, and of the grid to which global blocks scale their
-    # rotary ones (None: each map's own),
+    # side of the grid of learned positions; of the grid to which EVA02ViT's global blocks scale
+    # their rotary ones (None: each map's own); and of the images, in pixels, whose tokens ViTDet's
+    # have relative ones for,
     cfg.MODEL.VIT.POSITION_SIDE = 32
     cfg.MODEL.VIT.ROTARY_SIDE = None
-    # drop path of the last block, and to what multiple batches are filled up.
+    cfg.MODEL.VIT.IMAGE_SIZE = 1024
+    # drop path of the last block, and to what multiple batches are filled up (EVA02ViT).
     cfg.MODEL.VIT.DROP_PATH = 0.4
     cfg.MODEL.VIT.SIZE_DIVISIBILITY = 32
+    # BACKBONE.NAME "ViTPyramid" (modeling/necks/vit_pyramid.py), FPN.OUT_CHANNELS wide: the
+    # registered backbone below it, and its levels, some of p2 to p7.
+    cfg.MODEL.VIT_PYRAMID = CN({"BODY": "EVA02ViT", "LEVELS": ["p2", "p3", "p4", "p5", "p6"]})
     _add_detr_keys(cfg)
 
 
@@ -328,6 +335,9 @@ def _add_detr_keys(cfg: CN) -> None:
     cfg.MODEL.DETR.QUERY_POSITIONS = "queries"
     # noised queries (modeling/detr/denoising.py): how many, 0 for none, and their noise,
     cfg.MODEL.DETR.DENOISING = CN({"QUERIES": 0, "LABEL_NOISE": 0.5, "BOX_NOISE": 1.0})
+    # queries for REPEATS copies of each object, in training (modeling/detr/one_to_many.py): how
+    # many, 0 for none, and the weight of their losses,
+    cfg.MODEL.DETR.ONE_TO_MANY = CN({"QUERIES": 0, "REPEATS": 6, "WEIGHT": 1.0})
     # whether padding is hidden, and boxes relative to the image without it,
     cfg.MODEL.DETR.MASK_PADDING = True
     # height and width that batches are filled up to (0: what they need), and with what before

@@ -1,9 +1,12 @@
 """Lazy nodes of the detectors that papers compare backbones with: RetinaNet, Mask R-CNN and Cascade
 Mask R-CNN as MMDetection trains them for Swin, ConvNeXt and CEDNet.
 
-They take any backbone with pyramid levels of one width::
+They take any backbone with pyramid levels of one width, ``p3`` to ``p7`` for RetinaNet and ``p2``
+to ``p6`` for the others::
 
     model = detectors.retinanet(backbone=detectors.timm_fpn("convnext_tiny", top="p6p7"))
+    model = detectors.mask_rcnn(backbone=detectors.resnet_fpn(50))
+    model = detectors.mask_rcnn(backbone=L(ViTPyramid)(bottom_up=L(EVA02ViT)()))
     model.num_classes = 3
     model.backbone.bottom_up.drop_path_rate = 0.2
 
@@ -19,6 +22,7 @@ from detectron2.config import LazyCall as L
 from detectron2.layers import ShapeSpec
 from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
+from detectron2.modeling.backbone.resnet import BasicStem, ResNet
 from detectron2.modeling.matcher import Matcher
 from detectron2.modeling.meta_arch import GeneralizedRCNN
 from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
@@ -44,7 +48,7 @@ from d2dense.modeling import (
 )
 from d2dense.modeling.necks import PaddedFPN
 
-__all__ = ["cascade_mask_rcnn", "faster_rcnn", "mask_rcnn", "retinanet", "timm_fpn"]
+__all__ = ["cascade_mask_rcnn", "faster_rcnn", "mask_rcnn", "resnet_fpn", "retinanet", "timm_fpn"]
 
 _RGB = {
     "pixel_mean": [123.675, 116.28, 103.53],
@@ -58,9 +62,8 @@ _CASCADE_STDS = ((0.1, 0.1, 0.2, 0.2), (0.05, 0.05, 0.1, 0.1), (0.033, 0.033, 0.
 def timm_fpn(
     name: str,
     *,
-    width: int = 768,
     top: str = "maxpool",
-    out_indices: Sequence[int] = (0, 1, 2, 3),
+    out_indices: Sequence[int] = (-4, -3, -2, -1),
     out_norm: str = "LN",
     channels: int = 256,
     size_divisibility: int | None = None,
@@ -68,24 +71,60 @@ def timm_fpn(
     """Return a timm model under Detectron2's feature pyramid.
 
     Args:
-        width: channels of its last level
         top: ``maxpool`` for p2 to p6; ``p6p7`` for p3 to p7, of which two come from the last level
-        out_indices, out_norm: of :class:`TimmBackbone`; ResNets have (1, 2, 3, 4) and no norm
+        out_indices, out_norm: of :class:`TimmBackbone`; ResNets are used without norm
         size_divisibility: to what multiple batches are filled up; None: 32
     """
+    names = _maps_below(top)
+    body = L(TimmBackbone)(
+        name=name, out_indices=list(out_indices), out_features=names, out_norm=out_norm
+    )
+    return _fpn(body, top, channels, size_divisibility)
+
+
+def resnet_fpn(
+    depth: int = 50,
+    *,
+    top: str = "maxpool",
+    norm: str = "FrozenBN",
+    freeze_at: int = 2,
+    stride_in_1x1: bool = False,
+    channels: int = 256,
+    size_divisibility: int | None = None,
+) -> DictConfig:
+    """Return Detectron2's ResNet under its feature pyramid.
+
+    Args:
+        top, channels, size_divisibility: see :func:`timm_fpn`
+        norm: of the ResNet
+        freeze_at: how many of its parts stay as they are, the stem being the first
+        stride_in_1x1: False for torchvision's layout of weights, True for Microsoft's (which are
+            BGR with a standard deviation of 1)
+    """
+    body = L(ResNet)(
+        stem=L(BasicStem)(in_channels=3, out_channels=64, norm=norm),
+        stages=L(ResNet.make_default_stages)(depth=depth, stride_in_1x1=stride_in_1x1, norm=norm),
+        out_features=_maps_below(top),
+        freeze_at=freeze_at,
+    )
+    return _fpn(body, top, channels, size_divisibility)
+
+
+def _maps_below(top: str) -> list[str]:
     if top not in ("maxpool", "p6p7"):
-        raise UserError(f"top of timm_fpn is {top!r}; expected maxpool or p6p7")
-    names = ["res2", "res3", "res4", "res5"] if top == "maxpool" else ["res3", "res4", "res5"]
-    block = L(LastLevelMaxPool)()
-    if top == "p6p7":
-        block = L(LastLevelP6P7)(in_channels=width, out_channels=channels)
+        raise UserError(f"top of a feature pyramid is {top!r}; expected maxpool or p6p7")
+    names = ["res2", "res3", "res4", "res5"]
+    return names if top == "maxpool" else names[1:]
+
+
+def _fpn(
+    bottom_up: DictConfig, top: str, channels: int, size_divisibility: int | None
+) -> DictConfig:
     return L(PaddedFPN)(
-        bottom_up=L(TimmBackbone)(
-            name=name, out_indices=list(out_indices), out_features=names, out_norm=out_norm
-        ),
-        in_features=names,
+        bottom_up=bottom_up,
+        in_features=_maps_below(top),
         out_channels=channels,
-        top_block=block,
+        top_block=L(LastLevelMaxPool)() if top == "maxpool" else LastLevelP6P7,
         size_divisibility=size_divisibility,
     )
 

@@ -31,6 +31,7 @@ from .swin import Swin
 from .timm_backbone import TimmBackbone
 from .upernet import PyramidPooling, UperNetHead
 from .vit import EVA02ViT
+from .vitdet import ViTDet
 
 __all__ = [
     "BOX_LOSSES",
@@ -55,6 +56,7 @@ __all__ = [
     "Swin",
     "TimmBackbone",
     "UperNetHead",
+    "ViTDet",
     "box_losses",
     "box_transform",
     "check_box_loss",

@@ -40,7 +40,7 @@ class TimmBackbone(Backbone):
     Args:
         name: of the model in timm, such as ``convnext_tiny`` or ``swin_tiny_patch4_window7_224``
         out_indices: which of its feature maps, in timm's numbers: ConvNeXt and Swin have four from
-            stride 4 on, ResNet five from stride 2 on
+            stride 4 on, ResNet five from stride 2 on; negative ones count from the last
         out_features: names of those that are returned, ``res0`` too where it is named; None: all
             of ``out_indices``
         drop_path_rate: of the last block; rises linearly from 0
@@ -67,7 +67,7 @@ class TimmBackbone(Backbone):
         self,
         *,
         name: str,
-        out_indices: Sequence[int] = (0, 1, 2, 3),
+        out_indices: Sequence[int] = (-4, -3, -2, -1),
         out_features: Sequence[str] | None = None,
         drop_path_rate: float = 0.0,
         norm: str = "",

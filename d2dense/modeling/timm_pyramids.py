@@ -7,6 +7,7 @@ pyramid.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from detectron2.config import CfgNode
@@ -25,6 +26,9 @@ __all__ = [
     "build_timm_fpn_backbone",
 ]
 
+_FROM_STRIDE_4 = ("res2", "res3", "res4", "res5")
+_FROM_STRIDE_8 = _FROM_STRIDE_4[1:]
+
 
 @BACKBONE_REGISTRY.register()
 def build_timm_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
@@ -38,12 +42,10 @@ def build_timm_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
 
 @BACKBONE_REGISTRY.register()
 def build_retinanet_timm_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
-    """Return a timm model under a pyramid with p6 and p7 made of its ``res5``, for RetinaNet."""
-    settings = _settings(cfg, input_shape)
-    channels = settings["bottom_up"].output_shape()["res5"].channels
+    """Return a timm model under a pyramid with p6 and p7 made of its last map, for RetinaNet."""
     return PaddedFPN(
-        **settings,
-        top_block=LastLevelP6P7(channels, cfg.MODEL.FPN.OUT_CHANNELS),
+        **_settings(cfg, input_shape, _FROM_STRIDE_8),
+        top_block=LastLevelP6P7,
         fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
     )
 
@@ -51,13 +53,17 @@ def build_retinanet_timm_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> B
 @BACKBONE_REGISTRY.register()
 def build_retinanet_timm_bifpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
     """Return a timm model under a :class:`BiFPN` of levels p3 to p7."""
-    return BiFPN(**_settings(cfg, input_shape), num_layers=cfg.MODEL.FPN.NUM_REPEATS)
+    return BiFPN(
+        **_settings(cfg, input_shape, _FROM_STRIDE_8), num_layers=cfg.MODEL.FPN.NUM_REPEATS
+    )
 
 
 @BACKBONE_REGISTRY.register()
 def build_retinanet_timm_nas_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
     """Return a timm model under a :class:`NASFPN`."""
-    return NASFPN(**_settings(cfg, input_shape), num_stages=cfg.MODEL.FPN.NUM_REPEATS)
+    return NASFPN(
+        **_settings(cfg, input_shape, _FROM_STRIDE_8), num_stages=cfg.MODEL.FPN.NUM_REPEATS
+    )
 
 
 @BACKBONE_REGISTRY.register()
@@ -66,12 +72,19 @@ def build_retinanet_timm_hrfpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) ->
     return HRFPN(**_settings(cfg, input_shape))
 
 
-def _settings(cfg: CfgNode, input_shape: ShapeSpec) -> dict[str, Any]:
-    node = cfg.MODEL.FPN
-    bottom_up = TimmBackbone(cfg, input_shape)
+def _settings(
+    cfg: CfgNode, input_shape: ShapeSpec, maps: Sequence[str] = _FROM_STRIDE_4
+) -> dict[str, Any]:
+    """Return what all pyramids take.
+
+    Args:
+        maps: what the pyramid stands on where neither ``MODEL.FPN`` nor ``MODEL.TIMM`` names maps
+    """
+    node, named = cfg.MODEL.FPN, list(cfg.MODEL.TIMM.OUT_FEATURES)
+    in_features = list(node.IN_FEATURES) or named or list(maps)
     return {
-        "bottom_up": bottom_up,
-        "in_features": node.IN_FEATURES or list(bottom_up.output_shape()),
+        "bottom_up": TimmBackbone(cfg, input_shape, out_features=named or in_features),
+        "in_features": in_features,
         "out_channels": node.OUT_CHANNELS,
         "norm": node.NORM,
         "size_divisibility": node.SIZE_DIVISIBILITY or None,

@@ -24,7 +24,7 @@ def parameters(*modules):
 
 
 def test_all_of_a_plain_network_works_before_its_pyramid():
-    pyramid = built(detectors.timm_fpn("convnext_atto", width=320))
+    pyramid = built(detectors.timm_fpn("convnext_atto"))
     time = fusion_time(pyramid)
     assert time == FusionTime(parameters(pyramid.bottom_up), parameters(pyramid))
     assert 0.5 < time.share < 1
@@ -43,9 +43,7 @@ def test_hrnet_fuses_in_its_second_stage():
         or name.startswith("stage2.0.branches.")
     )
     assert fusion_time(alone) == FusionTime(before, parameters(alone))
-    pyramid = built(
-        detectors.timm_fpn("hrnet_w18_small", width=1024, out_indices=[1, 2, 3, 4], out_norm="")
-    )
+    pyramid = built(detectors.timm_fpn("hrnet_w18_small", out_norm=""))
     assert fusion_time(pyramid).before == before  # it does not wait for the pyramid
 
 

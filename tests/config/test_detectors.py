@@ -13,7 +13,7 @@ from d2dense.config import detectors
 from d2dense.errors import UserError
 from d2dense.layers import replace_sync_norms
 
-RESNET = {"width": 2048, "out_indices": (1, 2, 3, 4), "out_norm": ""}
+RESNET = {"out_norm": ""}
 # parameters, and multiply-adds in 10^9 at 800 x 1280 (1000 boxes and 100 masks per image)
 PUBLISHED = {
     "retinanet convnext_tiny": (38_759_572, 243.1),
@@ -63,7 +63,7 @@ def test_parameters_and_multiply_adds_are_the_published_ones(name):
 
 
 def tiny(detector: str):
-    return node(detector, "test_convnext", channels=16, width=64)
+    return node(detector, "test_convnext", channels=16)
 
 
 def batch(counts=(3, 0)) -> list[dict]:

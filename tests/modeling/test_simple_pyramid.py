@@ -20,6 +20,7 @@ STEPS = {
     "p4": [1, 3],
     "p5": ["pool", 1, 3],
     "p6": ["pool", "strided 3", 1, 3],
+    "p7": ["pool", "strided 3", "strided 3", 1, 3],  # not Co-DETR's: for heads on p3 to p7
 }
 
 
@@ -56,11 +57,11 @@ def plain(x, steps, weights):
 
 @pytest.mark.parametrize("size", [(4, 6), (5, 7), (1, 3)])
 def test_every_level_is_made_as_described(size):
-    pyramid = tiny()
+    pyramid = tiny(levels=list(STEPS))
     x = torch.randn(2, 16, *size)
     maps = pyramid([x])
-    assert len(maps) == len(LEVELS)
-    for name, found in zip(LEVELS, maps):
+    assert len(maps) == len(STEPS)
+    for name, found in zip(STEPS, maps):
         expected = plain(x, STEPS[name], pyramid.levels[name].parameters())
         assert found.shape[1] == 6
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
@@ -95,9 +96,9 @@ def test_some_levels_only_and_config():
     assert list(neck(node, shapes).levels) == LEVELS[1:]
 
 
-@pytest.mark.parametrize("levels", [["p7"], ["p4", "p3"]])
+@pytest.mark.parametrize("levels", [["p8"], ["p4", "p3"], []])
 def test_unknown_levels_are_refused(levels):
-    with pytest.raises(UserError, match="p2, p3, p4, p5, p6"):
+    with pytest.raises(UserError, match="p2, p3, p4, p5, p6, p7"):
         SimplePyramid(levels=levels)
 
 

@@ -204,7 +204,7 @@ def test_yaml_and_lazy_build_the_same(name, levels):
     yaml = build_backbone(cfg)
     assert list(yaml.output_shape()) == levels
     torch.manual_seed(0)
-    lazy = instantiate(detectors.timm_fpn(TINY, width=64, top=top, channels=16))
+    lazy = instantiate(detectors.timm_fpn(TINY, top=top, channels=16))
     theirs, ours = yaml.state_dict(), lazy.state_dict()
     assert theirs.keys() == ours.keys()
     assert all(torch.equal(theirs[key], ours[key]) for key in ours)

@@ -5,5 +5,6 @@ from .fpn import PaddedFPN
 from .hrfpn import HRFPN
 from .nas_fpn import NASFPN
 from .simple_pyramid import SimplePyramid
+from .vit_pyramid import ViTPyramid
 
-__all__ = ["HRFPN", "NASFPN", "BiFPN", "PaddedFPN", "SimplePyramid"]
+__all__ = ["HRFPN", "NASFPN", "BiFPN", "PaddedFPN", "SimplePyramid", "ViTPyramid"]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from detectron2.modeling.backbone import FPN, Backbone
 from torch import nn
 
-from .pyramid import checked_divisibility
+from .pyramid import checked_divisibility, checked_shapes
 
 __all__ = ["PaddedFPN"]
 
@@ -16,8 +16,14 @@ class PaddedFPN(FPN):
     """Detectron2's ``FPN``.
 
     Args:
+        top_block: a module; or what makes one of the channels of the last input and
+            ``out_channels``, such as Detectron2's class ``LastLevelP6P7``, for whatever backbone
+            is below
         size_divisibility: to what multiple batches are filled up; None: the coarsest stride of the
             inputs. The other arguments are Detectron2's.
+
+    Raises:
+        UserError: maps that the backbone does not have, or whose strides do not double.
     """
 
     def __init__(
@@ -27,10 +33,14 @@ class PaddedFPN(FPN):
         in_features: Sequence[str],
         out_channels: int = 256,
         norm: str = "",
-        top_block: nn.Module | None = None,
+        top_block: nn.Module | Callable[[int, int], nn.Module] | None = None,
         fuse_type: str = "sum",
         size_divisibility: int | None = None,
     ):
+        shapes = checked_shapes(bottom_up, in_features)
+        if top_block is not None and not isinstance(top_block, nn.Module):
+            top_block = top_block(shapes[-1].channels, out_channels)
+            top_block.in_feature = in_features[-1]
         super().__init__(
             bottom_up=bottom_up,
             in_features=list(in_features),

@@ -6,7 +6,7 @@ Letters: N images, C channels, Hi and Wi size of level i.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 import torch
@@ -15,10 +15,10 @@ from detectron2.layers import Conv2d, ShapeSpec
 from detectron2.modeling.backbone import Backbone
 from torch import Tensor, nn
 
-from d2dense.errors import UserError
-from d2dense.layers import build_norm
+from d2dense.errors import UserError, nearest
+from d2dense.layers import build_norm, is_recorded
 
-__all__ = ["Pyramid", "checked_divisibility", "conv_norm", "resize"]
+__all__ = ["Pyramid", "checked_divisibility", "checked_shapes", "conv_norm", "resize"]
 
 
 def conv_norm(in_channels: int, out_channels: int, kernel: int, norm: str, **settings) -> Conv2d:
@@ -32,6 +32,37 @@ def conv_norm(in_channels: int, out_channels: int, kernel: int, norm: str, **set
         norm=build_norm(norm, out_channels) if norm else None,
         **settings,
     )
+
+
+def checked_shapes(
+    bottom_up: Backbone, in_features: Sequence[str], *, num_levels: int | None = None
+) -> list[ShapeSpec]:
+    """Return the shapes of the maps that a pyramid stands on.
+
+    Args:
+        num_levels: how many levels the pyramid has; None: no fewer than maps
+
+    Raises:
+        UserError: a map that the backbone does not have, none at all, strides that do not double,
+            or fewer levels than maps.
+    """
+    shapes: Mapping[str, ShapeSpec] = bottom_up.output_shape()
+    for name in in_features:
+        if name not in shapes:
+            raise UserError(
+                f"a pyramid cannot stand on {name!r}: {type(bottom_up).__name__} has "
+                f"{', '.join(shapes)}{nearest(name, shapes)} (MODEL.FPN.IN_FEATURES / in_features)"
+            )
+    strides = [shapes[name].stride for name in in_features]
+    too_few = num_levels is not None and num_levels < len(strides)
+    if not strides or too_few or any(b != 2 * a for a, b in pairwise(strides)):
+        levels = "" if num_levels is None else f" of {num_levels} levels"
+        raise UserError(
+            f"a pyramid{levels} cannot stand on {', '.join(in_features) or 'no map'} with "
+            f"strides {strides}; expected strides that double, and as many levels or more "
+            "(MODEL.FPN.IN_FEATURES / in_features, num_levels)"
+        )
+    return [shapes[name] for name in in_features]
 
 
 def checked_divisibility(wanted: int | None, needed: int) -> int:
@@ -52,7 +83,7 @@ def checked_divisibility(wanted: int | None, needed: int) -> int:
 
 def resize(x: Tensor, like: Tensor) -> Tensor:
     """Bring a map to the size of ``like``: nearest neighbours up, maxima down."""
-    if not torch.jit.is_tracing() and x.shape[-2:] == like.shape[-2:]:
+    if not is_recorded() and x.shape[-2:] == like.shape[-2:]:
         return x
     return _resized(x, like)
 
@@ -91,17 +122,11 @@ class Pyramid(Backbone):
         size_divisibility: int | None,
     ):
         super().__init__()
-        shapes = bottom_up.output_shape()
-        strides = [shapes[name].stride for name in in_features]
-        if any(b != 2 * a for a, b in pairwise(strides)) or num_levels < len(strides):
-            raise UserError(
-                f"a pyramid of {num_levels} levels cannot stand on {', '.join(in_features)} with "
-                f"strides {strides}; expected strides that double, and as many levels or more "
-                "(in_features, num_levels)"
-            )
+        shapes = checked_shapes(bottom_up, in_features, num_levels=num_levels)
+        strides = [shape.stride for shape in shapes]
         self.bottom_up = bottom_up
         self.in_features = list(in_features)
-        widths = [shapes[name].channels for name in in_features]
+        widths = [shape.channels for shape in shapes]
         self.laterals = nn.ModuleList(conv_norm(c, out_channels, 1, norm) for c in widths)
         self.extra = None
         if num_levels > len(strides):

@@ -15,8 +15,8 @@ from d2dense.layers import LayerNorm2d
 __all__ = ["SIMPLE_LEVELS", "SimplePyramid"]
 
 # level -> powers of two by which it is finer than the map at stride 16
-_FINER = {"p2": 2, "p3": 1, "p4": 0, "p5": -1, "p6": -2}
-SIMPLE_LEVELS = tuple(_FINER)
+_FINER = {"p2": 2, "p3": 1, "p4": 0, "p5": -1, "p6": -2, "p7": -3}
+SIMPLE_LEVELS = ("p2", "p3", "p4", "p5", "p6")  # Co-DETR's
 
 
 class SimplePyramid(nn.Module):
@@ -28,7 +28,8 @@ class SimplePyramid(nn.Module):
     Args:
         in_channels: of the map
         out_channels: C of all levels
-        levels: some of ``p2`` to ``p6``, finest first; ``p<k>`` has stride 2^k
+        levels: some of ``p2`` to ``p7``, finest first; ``p<k>`` has stride 2^k. Co-DETR's end
+            with ``p6``; each coarser one has a strided convolution more.
     """
 
     def __init__(
@@ -39,10 +40,10 @@ class SimplePyramid(nn.Module):
         levels: Sequence[str] = SIMPLE_LEVELS,
     ):
         super().__init__()
-        if list(levels) != [name for name in SIMPLE_LEVELS if name in levels]:
+        if not levels or list(levels) != [name for name in _FINER if name in levels]:
             raise UserError(
-                f"levels of SimplePyramid are {', '.join(levels)}; expected some of "
-                f"{', '.join(SIMPLE_LEVELS)}, finest first"
+                f"levels of SimplePyramid are {', '.join(levels) or 'none'}; expected some of "
+                f"{', '.join(_FINER)}, finest first"
             )
         self.levels = nn.ModuleDict(
             {name: _branch(in_channels, out_channels, _FINER[name]) for name in levels}
@@ -64,7 +65,7 @@ def _branch(in_channels: int, out_channels: int, finer: int) -> nn.Sequential:
         width = narrower
     if finer < 0:
         layers.append(nn.MaxPool2d(3, stride=2, padding=1))
-    if finer < -1:
+    for _ in range(-1 - finer):
         layers += [*_conv(width, width, 3, stride=2), nn.GELU()]
     layers += [*_conv(width, out_channels, 1), nn.GELU(), *_conv(out_channels, out_channels, 3)]
     return nn.Sequential(*layers)

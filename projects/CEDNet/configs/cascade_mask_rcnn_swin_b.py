@@ -8,6 +8,6 @@ from d2dense.config import detectors
 from .common.coco_swin_masks import dataloader, lr_multiplier, optimizer, train
 
 model = detectors.cascade_mask_rcnn(
-    backbone=detectors.timm_fpn("swin_base_patch4_window7_224", width=1024, size_divisibility=128)
+    backbone=detectors.timm_fpn("swin_base_patch4_window7_224", size_divisibility=128)
 )
 model.backbone.bottom_up.drop_path_rate = 0.3

@@ -8,6 +8,6 @@ from .retinanet_cednet_tiny_shapes import dataloader, lr_multiplier, model, opti
 
 _dims = [24, 48, 64, 96]
 model.backbone = detectors.timm_fpn(
-    "convnext_tiny", top="p6p7", width=_dims[-1], channels=model.backbone.out_channels
+    "convnext_tiny", top="p6p7", channels=model.backbone.out_channels
 )
 model.backbone.bottom_up.options = {"dims": _dims, "depths": [2, 1, 2, 1], "ls_init_value": 1.0}

@@ -11,8 +11,6 @@ model = detectors.retinanet(
     backbone=detectors.timm_fpn(
         "resnet50",
         top="p6p7",
-        width=2048,
-        out_indices=[1, 2, 3, 4],
         out_norm="",
         size_divisibility=128,
     )

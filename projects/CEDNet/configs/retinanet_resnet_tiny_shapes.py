@@ -10,9 +10,7 @@ _channels = [16, 32, 48, 64]
 model.backbone = detectors.timm_fpn(
     "resnet18",
     top="p6p7",
-    width=_channels[-1],
     channels=model.backbone.out_channels,
-    out_indices=[1, 2, 3, 4],
     out_norm="",
 )
 model.backbone.bottom_up.options = {

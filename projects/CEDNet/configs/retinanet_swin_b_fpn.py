@@ -8,8 +8,6 @@ from d2dense.config import detectors
 from .common.coco_swin import dataloader, lr_multiplier, optimizer, train
 
 model = detectors.retinanet(
-    backbone=detectors.timm_fpn(
-        "swin_base_patch4_window7_224", top="p6p7", width=1024, size_divisibility=128
-    )
+    backbone=detectors.timm_fpn("swin_base_patch4_window7_224", top="p6p7", size_divisibility=128)
 )
 model.backbone.bottom_up.drop_path_rate = 0.3
