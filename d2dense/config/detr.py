@@ -25,6 +25,7 @@ from d2dense.modeling.detr import (
     DETRCriterion,
     HungarianMatcher,
     LearnedQueries,
+    OneToManyQueries,
     PredictionHeads,
     TwoStageQueries,
 )
@@ -34,6 +35,7 @@ __all__ = [
     "deformable_detr",
     "deformable_detr_plus_plus",
     "dino",
+    "hybrid_matching",
     "mask2former",
 ]
 
@@ -42,12 +44,17 @@ _STD = [58.395, 57.12, 57.375]
 
 
 def channel_mapper(
-    *, widths: Mapping[str, int], channels: int = 256, levels: int = 4
+    *, widths: Mapping[str, int] | None = None, channels: int = 256, levels: int = 4
 ) -> DictConfig:
-    """Return the neck for feature maps of these channels by name, finest first."""
+    """Return the neck for feature maps of these channels by name, finest first.
+
+    Args:
+        widths: None: of a model's ``in_features``, whatever its backbone says that they have
+    """
+    shapes = widths and {name: L(ShapeSpec)(channels=width) for name, width in widths.items()}
     return L(ChannelMapper)(
-        input_shape={name: L(ShapeSpec)(channels=width) for name, width in widths.items()},
-        in_features=list(widths),
+        input_shape=shapes,
+        in_features=list(widths or ()),
         out_channels=channels,
         levels=levels,
     )
@@ -66,11 +73,14 @@ def deformable_detr(
 
     Args:
         in_features: of the backbone, finest first
-        neck: such as :func:`channel_mapper`; None: the features are the levels
+        neck: such as :func:`channel_mapper`, which then takes the same features; None: the features
+            are the levels
         channels: of the levels
         levels: how many there are
     """
     size = {"channels": channels, "levels": levels}
+    if neck is not None and "in_features" in neck:
+        neck.in_features = "${..in_features}"  # another backbone has them changed in one place
     return L(DeformableDETR)(
         backbone=backbone,
         in_features=list(in_features),
@@ -149,6 +159,17 @@ def dino(
     node.criterion.class_weight = 1.0
     node.denoising = L(ContrastiveDenoising)(channels=channels, num_classes="${..num_classes}")
     node.max_detections = 300
+    return node
+
+
+def hybrid_matching(node: DictConfig) -> DictConfig:
+    """Return a detector in two stages that has, in training, 1500 more queries for six copies of
+    each object (H-DETR).
+
+    Args:
+        node: of a function above; it is changed
+    """
+    node.one_to_many = L(OneToManyQueries)(channels=node.encoder.channels)
     return node
 
 

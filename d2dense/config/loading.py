@@ -10,13 +10,13 @@ from pathlib import Path
 
 import torch
 from detectron2 import modeling
-from detectron2.config import CfgNode, LazyConfig, instantiate
+from detectron2.config import CfgNode, LazyConfig
 from detectron2.modeling import META_ARCH_REGISTRY
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
-from d2dense import projects
+from d2dense import composition, projects
 from d2dense.errors import UserError, nearest
 
 from . import lazy, overrides
@@ -256,13 +256,16 @@ def build_model(cfg: CfgNode | DictConfig, device: str | None = None) -> nn.Modu
 
     Raises:
         UserError: an unknown device or module name, a class count still to be taken from the
-            data, or arguments that a constructor refuses.
+            data, arguments that a constructor refuses, or a backbone that does not give what the
+            heads take.
     """
     if device is not None:
         check_device(device)
     try:
         build = _build_lazy if kind_of(cfg) == "lazy" else _build_yacs
-        return build(cfg, device)
+        model = build(cfg, device)
+        composition.check_model(model)
+        return model
     except (UserError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # constructors raise anything for arguments that they do not expect
@@ -278,7 +281,7 @@ def _build_lazy(cfg: DictConfig, device: str | None) -> nn.Module:
     auto = [k for k, v in lazy.walk(cfg.model) if overrides.is_class_count(k) and v == "auto"]
     if auto:
         raise _unresolved(f"model.{auto[0]}")
-    model = instantiate(cfg.model)
+    model = composition.instantiate_model(cfg.model)
     if not isinstance(model, nn.Module):
         raise UserError(f"the config's 'model' is a {type(model).__name__}, expected a module")
     return model.to(device)
@@ -296,9 +299,10 @@ def _build_yacs(cfg: CfgNode, device: str | None) -> nn.Module:
     cfg.MODEL.DEVICE = device
     try:
         return META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)(cfg).to(device)
-    except KeyError as error:
+    except (KeyError, AssertionError) as error:
         unknown = _UNREGISTERED.fullmatch(str(error.args[0] if error.args else ""))
         if unknown is None:
+            composition.check_config(cfg)
             raise
         name, registry = unknown.groups()
         known = [key for r in _REGISTRIES if r._name == registry for key, _ in r]

@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from detectron2.layers import Conv2d, ShapeSpec
 from torch import Tensor, nn
 
+from d2dense.errors import UserError, nearest
+
 __all__ = ["ChannelMapper"]
 
 
@@ -23,6 +25,9 @@ class ChannelMapper(nn.Module):
         out_channels: C of all levels
         levels: how many there are in the end
         norm_groups: of the group norm; 0: none
+
+    Raises:
+        UserError: a map that the backbone does not have, or fewer levels than maps.
     """
 
     def __init__(
@@ -35,6 +40,19 @@ class ChannelMapper(nn.Module):
         norm_groups: int = 32,
     ):
         super().__init__()
+        for name in in_features:
+            if name not in input_shape:
+                raise UserError(
+                    f"ChannelMapper takes the map {name!r}, but the backbone has "
+                    f"{', '.join(input_shape)}{nearest(name, input_shape)}; change "
+                    "MODEL.DETR.IN_FEATURES / model.in_features, or the backbone's maps"
+                )
+        if not 0 < len(in_features) <= levels:
+            raise UserError(
+                f"ChannelMapper makes {levels} levels of the maps {', '.join(in_features)}; "
+                "expected one map or more, and no fewer levels (MODEL.DETR.IN_FEATURES, LEVELS / "
+                "model.in_features, levels)"
+            )
         widths = [input_shape[name].channels for name in in_features]
 
         def conv(channels: int, kernel: int, stride: int) -> Conv2d:

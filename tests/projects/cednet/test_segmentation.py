@@ -8,6 +8,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from detectron2.config import instantiate
 from PIL import Image
 
 from cednet.official_names import correspondence
@@ -99,7 +100,7 @@ def test_training_samples(kind):
     if kind == "yaml":
         mapper = mappers.from_cfg(cfg, is_train=True)
     else:
-        mapper = config.loading.instantiate(cfg.dataloader.train.mapper)
+        mapper = instantiate(cfg.dataloader.train.mapper)
     steps = mapper.augmentations.augs
     assert [type(step).__name__ for step in steps] == [
         "RandomScale",

@@ -20,7 +20,7 @@ FIXED = ["deformable_detr_r50_1x", "co_deformable_detr_r50_1x", "co_dino_5scale_
 def test_names_that_users_rely_on_have_both_kinds():
     assert {f"CoDETR/{name}" for name in FIXED} <= set(BOTH)
     assert set(BOTH) <= set(LAZY)
-    assert len(TINY) == 4
+    assert len(TINY) == 5
 
 
 @pytest.mark.parametrize("name", BOTH)
