@@ -129,9 +129,12 @@ def mask_fault(mask: Any, size: tuple[float, float] | None) -> Fault | None:
 
 def _polygon_fault(polygons: list[Any]) -> Fault | None:
     totals = [_total(polygon) if isinstance(polygon, list) else None for polygon in polygons]
-    if None in totals or (len(polygons) > 2 and all(len(polygon) == 2 for polygon in polygons)):
+    numbers = [total for total in totals if total is not None]
+    if len(numbers) < len(totals):
         return _unknown_form(polygons)
-    if not math.isfinite(sum(totals)) or any(map(_is_far, polygons)):
+    if len(polygons) > 2 and all(len(polygon) == 2 for polygon in polygons):
+        return _unknown_form(polygons)
+    if not math.isfinite(sum(numbers)) or any(map(_is_far, polygons)):
         return Fault(
             "error",
             "segmentations with NaN or infinity",
@@ -195,8 +198,8 @@ def run_total(mask: dict[str, Any]) -> int:
         ValueError: the text is not a run-length code.
     """
     counts = mask["counts"]
-    code = np.frombuffer(counts.encode() if isinstance(counts, str) else counts, np.uint8)
-    code = code.astype(np.int64) - 48
+    text = np.frombuffer(counts.encode() if isinstance(counts, str) else counts, np.uint8)
+    code = text.astype(np.int64) - 48
     if not len(code) or code.min() < 0 or code.max() > 63 or code[-1] & 32:
         raise ValueError("its counts are not a run-length code")
     # groups of five bits, the lowest first; the sixth bit says that more follow
@@ -221,7 +224,7 @@ def image_size(image: dict[str, Any]) -> tuple[int, int] | None:
     Raises:
         ValueError: they are not positive whole numbers, or those of no picture that can be read.
     """
-    sizes = image.get("height"), image.get("width")
+    sizes: tuple[Any, Any] = image.get("height"), image.get("width")
     for value in sizes:
         if value and (not isinstance(value, (int, float)) or value < 1 or value != value // 1):
             raise ValueError(
@@ -284,7 +287,8 @@ class AnnotationReader:
         Raises:
             UserError: an error in the sense of this module.
         """
-        category, box = annotation.get("category_id"), annotation.get("bbox")
+        category = annotation.get("category_id")
+        box: Any = annotation.get("bbox")  # looked at by box_fault
         fault = (
             category_fault(category, self.contiguous)
             or crowd_fault(annotation)

@@ -207,7 +207,7 @@ def check_dataset(
 
     datasets.ensure(name)
     metadata = MetadataCatalog.get(name)
-    options = {"decode": decode, "workers": workers}
+    options: dict[str, Any] = {"decode": decode, "workers": workers}
     if metadata.get("json_file") and metadata.get("evaluator_type") in ("coco", "lvis"):
         return check_coco.check_json(
             metadata.json_file,

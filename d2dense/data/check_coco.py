@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Sequence
 from typing import Any
 
 import pycocotools.mask as mask_util
@@ -175,7 +175,8 @@ def _check_annotation(
 ) -> None:
     """Report what training finds wrong with an annotation, and what it silently mends."""
     where = f"annotation {annotation.get('id')} of {image.get('file_name', image['id'])}"
-    category, box, size = annotation.get("category_id"), annotation.get("bbox"), _size(image)
+    category, size = annotation.get("category_id"), _size(image)
+    box: Any = annotation.get("bbox")
     marks = rules.crowd_fault(annotation)
     fault = rules.category_fault(category, categories) or marks or rules.box_fault(box, size)
     if fault is not None:
@@ -328,7 +329,7 @@ class _Table:
         ]
 
 
-def summarise_records(report: Report, records: list[dict], classes: list[str]) -> None:
+def summarise_records(report: Report, records: Sequence[dict], classes: list[str]) -> None:
     """Fill the class table of ``report`` from records in Detectron2's format."""
     table = _Table()
     for index, record in enumerate(records):

@@ -9,6 +9,7 @@ import logging
 import multiprocessing
 import os
 import pickle
+import queue
 import signal
 import sys
 import traceback
@@ -22,7 +23,7 @@ __all__ = ["call_in_child"]
 T = TypeVar("T")
 
 _PR_SET_PDEATHSIG = 1
-_log_format = QueueHandler(None)  # makes records picklable
+_log_format = QueueHandler(queue.SimpleQueue())  # makes records picklable
 
 
 class _ChildTraceback(Exception):
@@ -74,9 +75,14 @@ def _run(function: Callable[[], Any], sender: Connection, parent: int) -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # a killed parent leaves no child
     if os.getppid() != parent:
         return
+
     # this copy of the logging module writes nothing: what it is told is logged by the parent
-    logging.Logger.callHandlers = lambda _, record: sender.send(_log_format.prepare(record))
+    def hand_on(_: logging.Logger, record: logging.LogRecord) -> None:
+        sender.send(_log_format.prepare(record))
+
+    logging.Logger.callHandlers = hand_on  # type: ignore
     gc.disable()
+    outcome: tuple[Any, BaseException | None, str]
     try:
         outcome = function(), None, ""
     except BaseException as error:

@@ -182,7 +182,7 @@ def _load(json_file: str, image_root: str, *, is_lvis: bool) -> list[Record]:
     objects = _by_image(content.pop("annotations", None) or (), json_file)
     reader = AnnotationReader(json_file, contiguous)
     images = _sorted_images(content["images"], json_file)
-    in_split = is_lvis and images and not _exists(image_root, images[0].get("file_name"))
+    in_split = is_lvis and bool(images) and not _exists(image_root, images[0].get("file_name"))
     records = []
     for image in images:
         record = {

@@ -7,7 +7,7 @@ annotations say what is to be seen.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -189,7 +189,7 @@ class _Windows:
     joined.
     """
 
-    def __init__(self, parts: Sequence[tuple[Window, np.ndarray]]):
+    def __init__(self, parts: Iterable[tuple[Window, np.ndarray]]):
         self.parts = list(parts)
 
     def __len__(self) -> int:

@@ -77,11 +77,11 @@ class DatasetSpec:
         if self.task not in _TASKS:
             raise UserError(f"{where}: task = {self.task!r}, expected 'instance' or 'semantic'")
         is_json = self.kind in ("coco", "lvis")
-        needed = ("json", "images") if is_json else ("images", "labels")
+        needed = ["json", "images"] if is_json else ["images", "labels"]
         if self.kind == "sem_seg" and not (self.label_table and self._table(where).classes):
-            needed += ("classes",)
+            needed += ["classes"]
         if self.kind == "image_folder":
-            needed = ("images",)
+            needed = ["images"]
         for name in needed:
             if not getattr(self, name):
                 raise UserError(f"{where}: a {self.kind} dataset needs {name!r}; it is not set")

@@ -98,7 +98,7 @@ def _folder_reader(spec: DatasetSpec, where: str) -> tuple[Callable, dict[str, A
     ignore_label = spec.ignore_label
     if ignore_label is None:
         ignore_label = folders.ignore_label(spec.classes, where)
-    metadata = {
+    metadata: dict[str, Any] = {
         "image_root": spec.images,
         "sem_seg_root": spec.labels,
         "evaluator_type": "sem_seg",
@@ -128,7 +128,10 @@ def _folder_reader(spec: DatasetSpec, where: str) -> tuple[Callable, dict[str, A
 
 
 def _class_folder_reader(spec: DatasetSpec, where: str) -> tuple[Callable, dict[str, Any]]:
-    metadata = {"image_root": spec.images, "evaluator_type": "classification"}
+    metadata: dict[str, Any] = {
+        "image_root": spec.images,
+        "evaluator_type": "classification",
+    }
     if os.path.isdir(spec.images):
         metadata["image_classes"] = image_folder.class_folders(spec.images)
     return functools.partial(image_folder.load_image_folder, spec.images), metadata

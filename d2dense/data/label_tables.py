@@ -101,7 +101,7 @@ class LabelTable:
     def _values(self) -> np.ndarray:
         none = next((value for value, k in self.values.items() if k is None), 255)
         values = np.full(self.num_classes + 1, none, dtype=np.int64)
-        for value, k in reversed(self.values.items()):
+        for value, k in reversed(list(self.values.items())):
             if k is not None:
                 values[k] = value
         return values

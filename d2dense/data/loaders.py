@@ -325,7 +325,8 @@ class _Loader(torchdata.DataLoader):
         with workers.held_signals():
             return super().__iter__()
 
-    def _take(self, found: Record | SampleError) -> Record:
+    def _take(self, found: Any) -> Record:
+        """Return the sample of what the dataset gave, or raise why there is none."""
         if isinstance(found, SampleError):
             raise found
         return found

@@ -57,7 +57,7 @@ def write_annotations(path: str | Path, *, images: int, boxes: int, seed: int = 
         file.write('], "annotations": [')
         for start in range(0, boxes, _CHUNK):
             count = min(_CHUNK, boxes - start)
-            numbers = zip(
+            rows = zip(
                 range(start, start + count),
                 rng.integers(images, size=count).tolist(),
                 rng.integers(1, _CLASSES + 1, size=count).tolist(),
@@ -68,7 +68,7 @@ def write_annotations(path: str | Path, *, images: int, boxes: int, seed: int = 
                 ", ".join(
                     f'{{"id": {n}, "image_id": {image}, "category_id": {category}, "bbox": {box}, '
                     f'"area": {box[2] * box[3]:.2f}, "iscrowd": 0}}'
-                    for n, image, category, box in numbers
+                    for n, image, category, box in rows
                 )
             )
         names = ", ".join(f'{{"id": {i}, "name": "class {i}"}}' for i in range(1, _CLASSES + 1))
@@ -126,6 +126,7 @@ def _rank(rank: int, json_file: str, case: Case, batches: int, folder: str) -> N
         records = get_dataset_dicts(names=_NAME)
     report["load_s"] = time.perf_counter() - start
     report["records"], report["records_mib"] = len(records), records.nbytes / 2**20
+    stream: Any
     stream, seconds = _draw(records, case, 0, batches)
     report["first_batch_s"] = report["load_s"] + seconds
     report["alone"] = memory_of(os.getpid())
@@ -135,7 +136,7 @@ def _rank(rank: int, json_file: str, case: Case, batches: int, folder: str) -> N
     if case.workers:
         stream, report["worker_start_s"] = _draw(records, case, case.workers, batches)
     report["after"] = memory_of(os.getpid())
-    report["workers"] = [memory_of(child.pid) for child in multiprocessing.active_children()]
+    report["workers"] = [memory_of(p.pid) for p in multiprocessing.active_children() if p.pid]
     del stream
     comm.synchronize()  # nobody ends, and leaves its shared pages to the others, before all looked
     report["peak_mib"] = _peak()

@@ -275,7 +275,9 @@ def once_per_machine(load: Callable[[], T]) -> T:
     rank = comm.get_rank()
     places = comm.all_gather(_place(rank))
     leader = places.index(places[rank])
-    value, payload, failure = None, None, None
+    value: Any = None
+    payload: bytes | None = None
+    failure: Exception | None = None
     if rank == leader:
         try:
             value = load()
@@ -285,9 +287,9 @@ def once_per_machine(load: Callable[[], T]) -> T:
     outcomes = comm.all_gather((payload, _message(rank, failure)))
     if failure is not None:
         raise failure
-    for _, error in outcomes:
-        if error is not None:
-            raise error
+    for _, theirs in outcomes:
+        if theirs is not None:
+            raise theirs
     if rank != leader:
         value = _open(outcomes[leader][0], load)
     comm.all_gather(None)  # the leader keeps its file until everybody has opened it

@@ -67,10 +67,8 @@ class Draw:
     read: int = 1
 
 
-class MappedDataset(torchdata.Dataset):
-    """Records through a mapper; a sample that cannot be used is returned as its error, which the
-    training process raises without the traceback of a worker.
-    """
+class _Mapped(torchdata.Dataset):
+    """Records and the mapper that makes samples of them."""
 
     def __init__(self, records: Sequence[Record], mapper: Callable[[Record], Record]):
         self.records = records
@@ -79,7 +77,8 @@ class MappedDataset(torchdata.Dataset):
     def __len__(self) -> int:
         return len(self.records)
 
-    def __getitem__(self, index: int) -> Record | SampleError:
+    def sample(self, index: int) -> Record | SampleError:
+        """Return the sample of a record, or why it cannot be used."""
         record = self.records[index]
         try:
             return self.mapper(record)
@@ -92,7 +91,16 @@ class MappedDataset(torchdata.Dataset):
             ) from error
 
 
-class StreamDataset(MappedDataset):
+class MappedDataset(_Mapped):
+    """Records through a mapper; a sample that cannot be used is returned as its error, which the
+    training process raises without the traceback of a worker.
+    """
+
+    def __getitem__(self, index: int) -> Record | SampleError:
+        return self.sample(index)
+
+
+class StreamDataset(_Mapped):
     """Maps (position, index) with all random numbers fixed by (seed, position), and replaces
     samples that cannot be used.
 
@@ -117,16 +125,17 @@ class StreamDataset(MappedDataset):
 
     def __getitem__(self, item: tuple[int, int]) -> Draw:
         position, index = item
-        errors = []
+        errors: list[SampleError] = []
         for attempt in range(_ATTEMPTS):
             with _seeded(self.seed, position, attempt):
                 other = self._replacement(index, attempt) if attempt else index
-                found = super().__getitem__(other)
+                found = self.sample(other)
                 if not isinstance(found, SampleError):
                     return self._finish(found, other, errors)
             if not isinstance(found, RejectedSample):
                 errors.append(found)
-        return Draw(None, tuple(errors) or (found,), read=0)
+            rejected = found
+        return Draw(None, tuple(errors) or (rejected,), read=0)
 
     def _finish(self, target: Record, index: int, errors: list[SampleError]) -> Draw:
         """Paste objects of another record into the sample ``target`` of record ``index``.
@@ -138,7 +147,7 @@ class StreamDataset(MappedDataset):
             return Draw(target, tuple(errors))
         for _ in range(_ATTEMPTS):
             other = int(np.random.randint(len(self) - 1))
-            source = super().__getitem__(other + (other >= index))
+            source = self.sample(other + (other >= index))
             if isinstance(source, RejectedSample):
                 return Draw(target, tuple(errors))
             if not isinstance(source, SampleError):
@@ -155,7 +164,7 @@ class StreamDataset(MappedDataset):
 
     @functools.cached_property  # not made before a sample is bad: 8 bytes per record
     def _wide(self) -> np.ndarray:
-        return np.flatnonzero(self.is_wide)
+        return np.flatnonzero(np.asarray(self.is_wide))
 
     @functools.cached_property
     def _tall(self) -> np.ndarray:

@@ -48,12 +48,13 @@ def build_mapper(recipe: str) -> mappers.DetectionMapper | mappers.SemanticMappe
     """Return the training mapper of a recipe at its usual sizes, with instance masks as polygons
     where it is for detection.
     """
-    steps = {
+    recipes: dict[str, Callable[..., list]] = {
         "default": functools.partial(augmentations.default, min_size=_MIN_SIZES),
         "detr": augmentations.detr,
         "lsj": augmentations.lsj,
         "semantic": augmentations.semantic,
-    }[recipe.partition(",")[0]](is_train=True)
+    }
+    steps = recipes[recipe.partition(",")[0]](is_train=True)
     if recipe == "semantic":
         return mappers.SemanticMapper(is_train=True, augmentations=steps)
     return mappers.DetectionMapper(

@@ -6,6 +6,8 @@ Letters: K classes, H and W of an image.
 
 from __future__ import annotations
 
+import math
+
 import cv2
 import numpy as np
 
@@ -39,7 +41,7 @@ class BoundaryCounts:
         counted = (truth >= 0) & (truth < num_classes)
         truth = np.where(counted, truth, _NO_CLASS)
         predicted = np.where(counted, predicted, _NO_CLASS)
-        distance = max(1, round(ratio * float(np.hypot(*truth.shape))))
+        distance = max(1, round(ratio * math.hypot(*truth.shape)))
         in_truth = counted & near_contour(truth, distance)
         in_predicted = counted & near_contour(predicted, distance)
         both = in_truth & in_predicted & (truth == predicted)

@@ -173,7 +173,7 @@ class CityscapesInstanceEvaluator(CityscapesEvaluator):
             images.append(_overlaps(self.truth(key, "instanceIds")[0], []))
         table = np.array(
             [
-                [_average_precision([i[name] for i in images], t) for t in _THRESHOLDS]
+                [_average_precision([i[name] for i in images], t) for t in _THRESHOLDS.tolist()]
                 for name in INSTANCE_CLASSES
             ]
         )

@@ -114,7 +114,7 @@ class ClassificationEvaluator(ImageEvaluator):
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(["class", "images", *right])
         for k, name in enumerate(self.class_names):
-            shares = [f"{_share(counts[k], images[k]):.2f}" for counts in right.values()]
+            shares = [f"{_share(int(n[k]), int(images[k])):.2f}" for n in right.values()]
             writer.writerow([name, images[k], *shares])
         self.write("classification_classes.csv", text.getvalue())
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
+from typing import Any
 
 from detectron2.data import MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator
@@ -54,7 +55,7 @@ def build_evaluator(
         )
     module, class_name = EVALUATORS[kind]
     evaluator = getattr(importlib.import_module(f"{__package__}.{module}"), class_name)
-    options = {"output_dir": output_dir}
+    options: dict[str, Any] = {"output_dir": output_dir}
     for name, value in {"boundary_iou": boundary_iou, "submission": submission}.items():
         if value and not kind.endswith("sem_seg"):
             raise UserError(

@@ -10,6 +10,7 @@ import csv
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -47,7 +48,7 @@ def _draw_confusion(
     figure = Figure(figsize=(side, side), layout="constrained")
     axes = figure.add_subplot()
     picture = axes.imshow(shares, vmin=0, vmax=1, cmap="Blues")
-    ticks = {"labels": list(names), "fontsize": 7}
+    ticks: dict[str, Any] = {"labels": list(names), "fontsize": 7}
     axes.set_xticks(range(len(names)), **ticks, rotation=90)
     axes.set_yticks(range(len(names)), **ticks)
     axes.set_xlabel("predicted")

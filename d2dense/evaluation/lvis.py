@@ -229,7 +229,7 @@ def _interpolated(rows: list[dict[str, Any]], objects: int, levels: np.ndarray) 
     best = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
     table = np.zeros((len(best), len(levels)))
     for t, recall in enumerate(right / objects):
-        reached = np.searchsorted(recall, levels, side="left")
+        reached = np.searchsorted(np.asarray(recall), levels, side="left")
         inside = reached < len(recall)
         table[t, inside] = best[t, reached[inside]]
     return table

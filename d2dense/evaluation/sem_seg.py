@@ -203,7 +203,7 @@ class SemSegEvaluator(ImageEvaluator):
             source=self.dataset_name,
         )
         check_size(predicted, truth, self.label_files[key])
-        record = {"confusion": Confusion(truth, predicted, len(self.class_names))}
+        record: dict[str, Any] = {"confusion": Confusion(truth, predicted, len(self.class_names))}
         if self.boundary_iou:
             record["boundary"] = BoundaryCounts(truth, predicted, len(self.class_names))
         if self.output_dir is not None:

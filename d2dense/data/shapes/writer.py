@@ -99,7 +99,8 @@ def generate(
     """
     height, width = (size, size) if isinstance(size, int) else size
     _check(split, count, height, width, seed, objects, workers)
-    job = _Job(Path(output_dir), split, height, width, seed, tuple(objects))
+    fewest, most = objects
+    job = _Job(Path(output_dir), split, height, width, seed, (fewest, most))
     _prepare_folders(job, overwrite)
     records = list(_records(job, count, workers))
     settings = {
@@ -336,7 +337,7 @@ def _save(path: Path, array: np.ndarray, options: list[int]) -> None:
     done, encoded = cv2.imencode(path.suffix, array, options)
     if not done:
         raise RuntimeError(f"OpenCV could not encode {path.name}")
-    path.write_bytes(encoded)
+    path.write_bytes(encoded.tobytes())
 
 
 # Annotation files ---------------------------------------------------------------------------------
