@@ -68,7 +68,8 @@ class _Reading:
 @contextmanager
 def record_reading(attentions: Sequence[nn.Module]) -> Iterator[list[_Reading]]:
     """Within a ``with`` block calls of these modules are recorded, with a graph from the values to
-    what is read; results stay what they are.
+    what is read. Results are those of a pass that keeps a graph: some kernels of such passes round
+    differently from those of inference.
 
     Raises:
         UserError: another kind of attention.

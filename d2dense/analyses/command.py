@@ -9,71 +9,94 @@ from pathlib import Path
 from d2dense.data import datasets
 from d2dense.errors import ToolParser, UserError
 
-from .detectors import Detector, distinct_names, open_detector
+from .subjects import DETECTORS, Subject, distinct_names, open_subject
 
 __all__ = [
-    "add_configs",
-    "add_data",
-    "add_run",
     "at_least_one",
     "custom_dataset",
+    "distinct_config_names",
     "exactly_one",
-    "open_detectors",
+    "make_parser",
+    "open_subjects",
     "per_config",
 ]
 
+# Entries of a data set that the command line may give, see d2dense.data.dataset_spec.DatasetSpec.
+_FILES = {
+    "kind": "of these data: coco, lvis, cityscapes or sem_seg; by default by what is given",
+    "json": "annotations in COCO's format instead of --dataset",
+    "images": "folder of the pictures of --json or --labels",
+    "labels": "folder of label maps (PNG) instead of --json",
+    "classes": "file with the class names of --labels",
+}
 
-def add_configs(parser: ToolParser, *, required: bool = True) -> None:
-    """Add ``--config-file``, ``--name``, ``--output`` and overrides."""
+
+def make_parser(
+    description: str | None,
+    *,
+    configs: bool = True,
+    weights: bool = True,
+    data: bool = True,
+    num: bool = True,
+) -> ToolParser:
+    """Return the parser of an analysis, to which it adds its own flags.
+
+    Args:
+        description: the tool's docstring.
+        configs: whether a model must be named.
+        weights: whether it takes ``--weights`` once per config, and ``--device``.
+        data: whether it takes a data set.
+        num: whether it takes ``--num``, a number of its images, by default all.
+    """
+    parser = ToolParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add(
         "--config-file",
         action="append",
         default=[],
-        required=required,
+        required=configs,
         metavar="F",
         help="yaml or py config, or model-zoo name; once per model",
     )
     add("--name", action="append", default=[], help="in figures; once per --config-file")
     add("--output", type=Path, required=True, metavar="DIR", help="folder of the results")
+    if weights:
+        add(
+            "--weights",
+            action="append",
+            default=[],
+            metavar="W",
+            help="checkpoint; once per --config-file; by default the config's",
+        )
+        add("--device", help="cpu or cuda; replaces the config's device")
+    if data:
+        add("--dataset", help="registered name; by default the test set of the configs")
+        for entry, meaning in _FILES.items():
+            add(f"--{entry}", help=meaning)
+    if data and num:
+        add("--num", type=int, help="images to use")
     add(
         "overrides",
         nargs="*",
         metavar="KEY VALUE | key=value",
         help="changes of every one of the configs",
     )
-
-
-def add_run(parser: ToolParser) -> None:
-    """Add what models that run need: ``--weights`` and ``--device``."""
-    parser.add_argument(
-        "--weights",
-        action="append",
-        default=[],
-        metavar="W",
-        help="checkpoint; once per --config-file; by default the config's",
-    )
-    parser.add_argument("--device", help="cpu or cuda; replaces the config's device")
-
-
-def add_data(parser: ToolParser) -> None:
-    """Add ``--dataset``, or ``--json`` and ``--images``."""
-    add = parser.add_argument
-    add("--dataset", help="registered name; by default the test set of the configs")
-    add("--json", metavar="FILE", help="annotations in COCO's format instead")
-    add("--images", metavar="DIR", help="pictures of --json")
+    return parser
 
 
 def custom_dataset(args: argparse.Namespace) -> str | None:
     """Return the name of the data set that the command line asks for, or None."""
-    if (args.json is None) != (args.images is None):
-        raise UserError("--json and --images belong together; give both or none")
-    if args.json is None:
+    given = {k: getattr(args, k) for k in _FILES if getattr(args, k) is not None}
+    if not given:
         return args.dataset
+    if "images" not in given or not given.keys() & {"json", "labels"}:
+        other = "labels" if "labels" in given else "json"
+        raise UserError(f"--{other} and --images belong together; give both or none")
     if args.dataset is not None:
-        raise UserError("--dataset and --json name two data sets; give one of them")
-    slot = {"analysis": {"json": args.json, "images": args.images}}
-    return datasets.register_custom(slot)["analysis"]
+        raise UserError("--dataset and --images name two data sets; give one of them")
+    return datasets.register_custom({"analysis": given})["analysis"]
 
 
 def per_config(values: Sequence[str], flag: str, configs: Sequence[str]) -> list[str | None]:
@@ -86,8 +109,27 @@ def per_config(values: Sequence[str], flag: str, configs: Sequence[str]) -> list
     return list(values) if values else [None] * len(configs)
 
 
-def open_detectors(args: argparse.Namespace) -> list[Detector]:
+def distinct_config_names(args: argparse.Namespace) -> list[str]:
+    """Return a name per config, by default that of its file.
+
+    Raises:
+        UserError: two are the same.
+    """
+    given = per_config(args.name, "--name", args.config_file)
+    names = [name or Path(path).stem for name, path in zip(given, args.config_file)]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"two models are called {name!r}; tell them apart by --name")
+    return names
+
+
+def open_subjects(
+    args: argparse.Namespace, *, kinds: Sequence[str] = (DETECTORS,)
+) -> list[Subject]:
     """Open the models of the command line on one data set.
+
+    Args:
+        kinds: of models that the analysis is for.
 
     Raises:
         UserError: also if their test sets differ.
@@ -96,13 +138,14 @@ def open_detectors(args: argparse.Namespace) -> list[Detector]:
     weights = per_config(args.weights, "--weights", args.config_file)
     names = per_config(args.name, "--name", args.config_file)
     found = [
-        open_detector(
+        open_subject(
             config,
             weights=file,
             overrides=args.overrides,
             device=args.device,
             dataset=dataset,
             name=name or "",
+            kinds=kinds,
         )
         for config, file, name in zip(args.config_file, weights, names)
     ]

@@ -16,7 +16,6 @@ and Wl size of level l, T thresholds.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,9 +35,9 @@ from d2dense.errors import UserError
 from d2dense.modeling.detr import Memory
 
 from .areas import AreaCurve, relative, relative_thresholds
-from .detectors import Detector
-from .figures import make_folder, save, save_picture
+from .figures import make_folder, save, save_picture, write_json
 from .quality import Objects
+from .subjects import Subject
 
 __all__ = [
     "THRESHOLDS",
@@ -192,7 +191,7 @@ class ForegroundCurve:
 
 
 def discriminability_report(
-    detectors: Sequence[Detector],
+    subjects: Sequence[Subject],
     records: Records,
     output: str | Path,
     *,
@@ -206,27 +205,27 @@ def discriminability_report(
         levels: what of a model's view of an image is scored
 
     Returns:
-        The areas by detector.
+        The areas by model.
 
     Raises:
         UserError: a model whose features are not finite.
     """
     folder = make_folder(output)
     maps_folder = make_folder(folder / "maps") if pictures > 0 else folder
-    curves = {each.name: ForegroundCurve() for each in detectors}
-    streams = [each.labelled_images(records) for each in detectors]
+    curves = {each.name: ForegroundCurve() for each in subjects}
+    streams = [each.labelled_images(records) for each in subjects]
     for index, samples in enumerate(zip(*streams)):
         found = {}
-        for detector, sample in zip(detectors, samples):
-            scores = score_map(levels(detector.model, sample))
+        for subject, sample in zip(subjects, samples):
+            scores = score_map(levels(subject.model, sample))
             if not torch.isfinite(scores).all():
                 raise UserError(
-                    f"{detector.name}: features of {sample['file_name']} are not finite; give "
+                    f"{subject.name}: features of {sample['file_name']} are not finite; give "
                     "weights of a model that was trained"
                 )
             boxes = sample["instances"].gt_boxes.tensor
-            curves[detector.name].add(scores, foreground(boxes, tuple(scores.shape)))
-            found[detector.name] = scores.numpy()
+            curves[subject.name].add(scores, foreground(boxes, tuple(scores.shape)))
+            found[subject.name] = scores.numpy()
         if index < pictures:
             record = records[index]
             path = maps_folder / f"{index + 1:04d}_{Path(record['file_name']).stem}.png"
@@ -250,7 +249,7 @@ def _report(folder: Path, curves: Mapping[str, ForegroundCurve], images: int) ->
     header = ["S", *(f"{name}: {share}" for name in curves for share in ("IoF", "IoB"))]
     save(folder / "iof_iob", axes.figure, header, rows)
     summary = {"images": images, "area_under": areas}
-    (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    write_json(folder / "summary.json", summary)
     return areas
 
 

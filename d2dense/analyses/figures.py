@@ -1,9 +1,13 @@
-"""A figure and the numbers behind it: a PNG with a CSV of the same name beside it."""
+"""A figure and the numbers behind it: a PNG with a CSV of the same name beside it, and
+``summary.json`` with what a reader wants first.
+"""
 
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable, Sequence
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +15,7 @@ from matplotlib.figure import Figure
 
 from d2dense.errors import UserError
 
-__all__ = ["make_folder", "save", "save_picture", "write_table"]
+__all__ = ["make_folder", "save", "save_picture", "write_json", "write_table"]
 
 
 def make_folder(path: str | Path) -> Path:
@@ -42,6 +46,27 @@ def write_table(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror}") from error
     return path
+
+
+def write_json(path: Path, content: Any) -> Path:
+    """Write JSON, with null for NaN, which JSON does not know.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    try:
+        path.write_text(json.dumps(_without_nan(content), indent=1) + "\n")
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}") from error
+    return path
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_nan(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(each) for each in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def save_picture(path: Path, figure: Figure, *, dpi: int = 150) -> Path:

@@ -12,7 +12,6 @@ level l.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from .discriminability import Levels
-from .figures import make_folder, save_picture, write_table
+from .figures import make_folder, save_picture, write_json, write_table
 
 __all__ = [
     "HeadDistances",
@@ -136,5 +135,5 @@ def distance_report(
     ]
     write_table(folder / "head_distance.csv", ["head", *names, "mean distance"], rows)
     summary = {"images": distances.images, "mean_distance": own}
-    (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    write_json(folder / "summary.json", summary)
     return own

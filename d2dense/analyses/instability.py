@@ -11,7 +11,6 @@ Letters: Q queries.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -23,21 +22,21 @@ from torch import Tensor
 from d2dense.data.records import Records
 from d2dense.errors import UserError
 
-from .detectors import Detector
-from .figures import make_folder, save
+from .figures import make_folder, save, write_json
 from .matching import match, require_transformer
+from .subjects import Subject
 
 __all__ = ["assignments", "changes", "instability_report"]
 
 
-def assignments(detector: Detector, records: Records) -> list[Tensor]:
+def assignments(subject: Subject, records: Records) -> list[Tensor]:
     """Return V ``(Q,)`` of every image, on the CPU.
 
     Raises:
-        UserError: the detector is no detection transformer.
+        UserError: the model is no detection transformer.
     """
-    model = require_transformer(detector.model)
-    return [match(model, sample).objects.cpu() for sample in detector.labelled_images(records)]
+    model = require_transformer(subject.model)
+    return [match(model, sample).objects.cpu() for sample in subject.labelled_images(records)]
 
 
 def changes(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
@@ -84,5 +83,5 @@ def instability_report(
     header = ["model", "checkpoint", "before", "after", "instability"]
     save(folder / "instability", axes.figure, header, rows)
     summary = {"images": images, "instability": found}
-    (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    write_json(folder / "summary.json", summary)
     return found

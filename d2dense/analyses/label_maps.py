@@ -5,7 +5,7 @@ Letters: H and W the image's size, K classes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,9 @@ from matplotlib.figure import Figure
 from d2dense.data.reading import read_image, read_sem_seg
 from d2dense.errors import UserError
 from d2dense.evaluation.sem_seg import Confusion, class_map, class_scores, mean_of_defined
-from d2dense.inference import Predictor
 from d2dense.inference.visualize import class_colour
 
-from .figures import make_folder, save_picture, write_table
+from .figures import make_folder, save_picture, write_json, write_table
 
 __all__ = ["compare_label_maps"]
 
@@ -29,16 +28,17 @@ _NO_CLASS = (0.12, 0.12, 0.12)  # ignored pixels and those without a prediction
 
 
 def compare_label_maps(
-    predictors: Mapping[str, Predictor],
+    predictions: Mapping[str, Iterable[Mapping[str, Any]]],
     records: Sequence[Mapping[str, Any]],
     metadata: Metadata,
     output: str | Path,
 ) -> list[Path]:
     """Draw ``label_maps.png``, a row per image: the image, the ground truth, and what every model
-    predicts, with the mean IoU over the image's own classes; ``label_maps.csv`` has those numbers.
+    predicts, with the mean IoU over the image's own classes; ``label_maps.csv`` has those numbers,
+    ``summary.json`` their mean.
 
     Args:
-        predictors: by the name above their column.
+        predictions: by the name above their column, the model's output for each record.
         records: of a data set with label maps.
         metadata: of that data set; its ``stuff_classes`` are the K classes.
 
@@ -50,21 +50,21 @@ def compare_label_maps(
         raise UserError(
             f"data set {metadata.get('name')!r} has no label maps; name one of a sem_seg task"
         )
-    columns = ("image", "ground truth", *predictors)
+    columns = ("image", "ground truth", *predictions)
     images = [read_image(dict(record), "BGR") for record in records]
     heights = [_WIDTH * len(image) / image.shape[1] + 0.3 for image in images]
     figure = Figure(figsize=(_WIDTH * len(columns), sum(heights) + 0.3), layout="constrained")
     grid = figure.subplots(len(records), len(columns), squeeze=False)
     palette = _palette(metadata, count)
     rows = []
+    streams = {name: iter(each) for name, each in predictions.items()}
     for axes, record, image in zip(grid, records, images):
         truth = read_sem_seg(dict(record), image, _IGNORED).astype(np.int64)
         axes[0].imshow(image[:, :, ::-1])
         axes[1].imshow(palette[np.minimum(truth, count)])
-        for place, (name, predictor) in zip(axes[2:], predictors.items()):
-            found = class_map(
-                predictor(image)["sem_seg"], count, no_class=_IGNORED, source=metadata.name
-            )
+        for place, (name, outputs) in zip(axes[2:], streams.items()):
+            labels = next(outputs)["sem_seg"]
+            found = class_map(labels, count, no_class=_IGNORED, source=metadata.name)
             score = _mean_iou(truth, found, count)
             place.imshow(palette[found])
             place.set_xlabel(f"mIoU {score:.1f}", fontsize=7)
@@ -75,9 +75,14 @@ def compare_label_maps(
     for place, title in zip(grid[0], columns):
         place.set_title(title, fontsize=9)
     folder = make_folder(output)
+    means = {
+        name: float(np.mean([float(score) for _, model, score in rows if model == name]))
+        for name in predictions
+    }
     return [
         save_picture(folder / "label_maps.png", figure, dpi=110),
         write_table(folder / "label_maps.csv", ("image", "model", "mIoU"), rows),
+        write_json(folder / "summary.json", {"images": len(records), "mean_mIoU": means}),
     ]
 
 

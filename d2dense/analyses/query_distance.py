@@ -12,7 +12,6 @@ Letters: Q queries, P customised positives, G objects.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -24,7 +23,7 @@ from torch import Tensor
 
 from d2dense.errors import UserError
 
-from .figures import make_folder, save
+from .figures import make_folder, save, write_json
 
 __all__ = ["ObjectDistance", "object_distances", "query_report"]
 
@@ -107,5 +106,5 @@ def query_report(
         "images": images,
         "mean_distance": {h: dict(zip(("matched", "others"), m)) for h, m in means.items()},
     }
-    (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    write_json(folder / "summary.json", summary)
     return means

@@ -1,8 +1,7 @@
-"""What the three commands write: figures, tables and pictures."""
+"""What the analyses of the CEDNet paper write: figures, tables and pictures."""
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -19,11 +18,11 @@ from d2dense.evaluation.base import image_key
 
 from . import panels
 from .areas import COMMON_THRESHOLDS, AreaCurve, relative, relative_thresholds
-from .detectors import Detector
-from .figures import make_folder, save, write_table
+from .figures import make_folder, save, write_json, write_table
 from .fusion import FusionTime
 from .gradients import InputGradient, input_gradient
 from .quality import Comparison, Detections, Objects, object_qualities
+from .subjects import Subject
 
 __all__ = ["fusion_report", "gradient_report", "quality_panels", "quality_report"]
 
@@ -34,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 
 def gradient_report(
-    detectors: Sequence[Detector],
+    subjects: Sequence[Subject],
     records: Records,
     output: str | Path,
     *,
@@ -43,32 +42,32 @@ def gradient_report(
     steps: int = 1000,
     seed: int = 0,
 ) -> dict[str, dict[str, float]]:
-    """Compute the gradient maps of all images by every detector and write
+    """Compute the gradient maps of all images by every model and write
 
     - ``areas.png/.csv`` and ``areas_relative.png/.csv``: area over threshold, see
       :mod:`d2dense.analyses.areas`;
     - ``images.csv``: loss, largest and mean gradient of each image;
-    - ``summary.json``: areas under the two curves by detector;
+    - ``summary.json``: areas under the two curves by model;
     - ``maps/``: the first ``pictures`` images with their maps; with ``arrays`` all maps as ``.npz``
-      (float32 ``(H, W)`` by detector).
+      (float32 ``(H, W)`` by model).
 
     Args:
         steps: of the relative threshold
         seed: of :func:`input_gradient`
 
     Returns:
-        Areas under the curves: ``{"common" or "relative": {detector: area}}``.
+        Areas under the curves: ``{"common" or "relative": {model: area}}``.
     """
     folder = make_folder(output)
     maps_folder = make_folder(folder / "maps") if pictures > 0 or arrays else folder
-    common = {each.name: AreaCurve(COMMON_THRESHOLDS) for each in detectors}
-    own = {each.name: AreaCurve(relative_thresholds(steps)) for each in detectors}
+    common = {each.name: AreaCurve(COMMON_THRESHOLDS) for each in subjects}
+    own = {each.name: AreaCurve(relative_thresholds(steps)) for each in subjects}
     rows = []
-    streams = [each.labelled_images(records) for each in detectors]
+    streams = [each.labelled_images(records) for each in subjects]
     for index, samples in enumerate(zip(*streams)):
         found = {
             each.name: input_gradient(each.model, sample, seed=seed)
-            for each, sample in zip(detectors, samples)
+            for each, sample in zip(subjects, samples)
         }
         for name, gradient in found.items():
             common[name].add(gradient.map)
@@ -103,7 +102,7 @@ def _report_areas(
     }
     count = next(iter(common.values())).count
     summary = {"images": count, "largest_gradient": largest, "area_under": areas}
-    (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    write_json(folder / "summary.json", summary)
     return areas
 
 
@@ -201,7 +200,7 @@ def quality_report(
             names[1]: float(np.mean([each.baseline for each in comparisons])),
         },
     }
-    (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    write_json(folder / "summary.json", summary)
     return summary
 
 
@@ -240,7 +239,7 @@ def quality_panels(
 
 
 def fusion_report(times: Mapping[str, FusionTime], output: str | Path) -> list[Path]:
-    """Write ``fusion_time.png`` (bars in percent) and ``fusion_time.csv``."""
+    """Write ``fusion_time.png`` (bars in percent), ``fusion_time.csv`` and ``summary.json``."""
     folder = make_folder(output)
     axes = Figure(figsize=(6, 1.2 + 0.4 * len(times))).add_subplot()
     shares = [100 * time.share for time in times.values()]
@@ -250,7 +249,11 @@ def fusion_report(times: Mapping[str, FusionTime], output: str | Path) -> list[P
     axes.set(xlim=(0, 110), xlabel="parameters before the first fusion (% of the backbone)")
     rows = [[n, t.before, t.whole, f"{100 * t.share:.2f}"] for n, t in times.items()]
     header = ["model", "parameters_before", "parameters", "percent"]
-    return save(folder / "fusion_time", axes.figure, header, rows)
+    summary = {"percent": {name: 100 * time.share for name, time in times.items()}}
+    return [
+        *save(folder / "fusion_time", axes.figure, header, rows),
+        write_json(folder / "summary.json", summary),
+    ]
 
 
 # ------------------------------------------------ pictures

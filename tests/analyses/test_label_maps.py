@@ -1,6 +1,7 @@
 """Label maps of models side by side, and similarities of class kernels."""
 
 import csv
+import json
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from torch import nn
 from d2dense.analyses.kernels import class_kernels, kernel_report
 from d2dense.analyses.label_maps import compare_label_maps
 from d2dense.errors import UserError
+from tests.analyses.tiny import RETINANET, build
 
 
 def rows_of(path):
@@ -34,19 +36,14 @@ def record(tmp_path):
 
 
 def test_a_row_per_image_a_column_and_a_score_per_model(record, tmp_path):
-    def all_zero(image):
-        scores = torch.zeros(3, *image.shape[:2])
-        scores[0] = 1
-        return {"sem_seg": scores}
-
-    def right(image):
-        labels = torch.zeros(image.shape[:2], dtype=torch.int64)
-        labels[:, 4:] = 1
-        return {"sem_seg": labels}
-
+    all_zero = torch.zeros(3, 5, 8)
+    all_zero[0] = 1  # scores
+    right = torch.zeros(5, 8, dtype=torch.int64)
+    right[:, 4:] = 1
     metadata = Metadata(name="halves", stuff_classes=["left", "right", "absent"])
-    models = {"zero": all_zero, "right": right}
-    picture, table = compare_label_maps(models, [record, record], metadata, tmp_path / "out")
+    found = {"zero": [{"sem_seg": all_zero}] * 2, "right": [{"sem_seg": right}] * 2}
+    files = compare_label_maps(found, [record, record], metadata, tmp_path / "out")
+    picture, table, summary = files
     width, height = Image.open(picture).size
     assert width > height  # four columns, two rows
     header, *rows = rows_of(table)
@@ -56,6 +53,8 @@ def test_a_row_per_image_a_column_and_a_score_per_model(record, tmp_path):
         ("zero", 25.0),
         ("right", 100.0),
     ] * 2
+    means = json.loads(summary.read_text())
+    assert means == {"images": 2, "mean_mIoU": {"zero": 25, "right": 100}}
 
 
 def test_a_data_set_without_label_maps_is_one_line(record, tmp_path):
@@ -67,12 +66,42 @@ def test_a_data_set_without_label_maps_is_one_line(record, tmp_path):
 
 def test_similarity_is_the_cosine_and_names_the_closest_class(tmp_path):
     kernels = torch.tensor([[2.0, 0.0], [3.0, 4.0], [0.0, -1.0]])
-    _, table = kernel_report(kernels, ["a", "b"], tmp_path)
+    _, table, summary = kernel_report(kernels, ["a", "b"], tmp_path)
     header, *rows = rows_of(table)
-    assert header == ["class", "most alike", "a", "b", "2"]
-    assert [row[:2] for row in rows] == [["a", "b"], ["b", "a"], ["2", "a"]]
+    assert header == ["class", "most alike", "a", "b", "no object"]
+    assert [row[:2] for row in rows] == [["a", "b"], ["b", "a"], ["no object", "a"]]
+    mean = json.loads(summary.read_text())["mean_similarity"]
+    assert mean == pytest.approx((0.6 + 0 - 0.8) / 3)
     found = np.array([row[2:] for row in rows], dtype=float)
     np.testing.assert_allclose(found, [[1, 0.6, 0], [0.6, 1, -0.8], [0, -0.8, 1]], atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "layer", "rows"),
+    [
+        ("CEDNet/mask_rcnn_cednet_tiny_shapes", "roi_heads.box_predictor.cls_score", 11),
+        ("FSCascade/fscascade_tiny_shapes", "roi_heads.box_predictor.2.cls_score", 11),
+        ("CoDETR/co_dino_tiny_shapes", "heads.classes.1", 10),
+        ("CEDNet/mask2former_cednet_tiny_shapes", "decoder.classes", 11),
+        ("CEDNet/upernet_cednet_tiny_shapes", "sem_seg_head.classifier", 15),
+        ("CEDNet/classifier_cednet_tiny_objects", "network.heads.1.linear", 10),
+    ],
+)
+def test_kernels_of_every_kind_of_model_are_those_of_the_last_layer(name, layer, rows):
+    model = build(name)
+    expected = model.get_submodule(layer).weight.flatten(1)
+    assert len(expected) == rows
+    assert torch.equal(class_kernels(model), expected)
+
+
+def test_kernels_of_anchors_are_joined_by_class():
+    model = build(RETINANET)
+    weight = model.head.cls_score.weight  # six anchors, anchor after anchor the ten classes
+    assert len(weight) == 60
+    found = class_kernels(model)
+    assert found.shape == (10, 6 * weight[0].numel())
+    third = torch.cat([weight[anchor * 10 + 3].flatten() for anchor in range(6)])
+    assert torch.equal(found[3], third)
 
 
 def test_kernels_are_found_at_the_usual_place_or_by_name():

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """How early backbones fuse features: their share of parameters before the first fusion.
 
-Writes fusion_time.png/.csv. Models are not computed, so any size takes seconds.
+Writes fusion_time.png/.csv and summary.json. Models are not computed, so any size takes seconds.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
@@ -17,23 +16,18 @@ from d2dense import config
 from d2dense.analyses import command
 from d2dense.analyses.fusion import fusion_time
 from d2dense.analyses.reports import fusion_report
-from d2dense.errors import ToolParser, UserError, run_tool
+from d2dense.errors import run_tool
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = ToolParser(description=__doc__)
-    command.add_configs(parser)
+    parser = command.make_parser(__doc__, weights=False, data=False)
     return parser.parse_intermixed_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
-    names = command.per_config(args.name, "--name", args.config_file)
     times = {}
-    for path, name in zip(args.config_file, names):
-        name = name or Path(path).stem
-        if name in times:
-            raise UserError(f"two models are called {name!r}; tell them apart by --name")
+    for path, name in zip(args.config_file, command.distinct_config_names(args)):
         cfg = config.load(path, args.overrides)
         with torch.device("meta"):
             times[name] = fusion_time(config.build_model(cfg, device="meta"))

@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Input gradient maps of detectors, and the area of the regions that their losses depend on.
+"""Input gradient maps of detectors or segmenters, and the area of the regions that their losses
+depend on.
 
 Writes areas.png/.csv (one threshold for all images and models), areas_relative.png/.csv (thresholds
 relative to each image's largest gradient), images.csv, summary.json and pictures under maps/.
@@ -15,19 +16,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from d2dense.analyses import command
-from d2dense.analyses.detectors import annotated_records, records_of
 from d2dense.analyses.reports import gradient_report
-from d2dense.errors import ToolParser, UserError, run_tool
+from d2dense.analyses.subjects import DETECTORS, SEGMENTERS, annotated_records, records_of
+from d2dense.errors import UserError, run_tool
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = ToolParser(description=__doc__)
-    command.add_configs(parser)
-    command.add_run(parser)
-    command.add_data(parser)
+    parser = command.make_parser(__doc__)
     add = parser.add_argument
     add("--ranking", type=Path, metavar="CSV", help="scores.csv of quality_scores.py: its images")
-    add("--num", type=int, help="images to use: the first ones, or the best of --ranking")
     add("--pictures", type=int, default=4, help="of how many images maps are drawn")
     add("--arrays", action="store_true", help="write every map as .npz too")
     add("--steps", type=int, default=1000, help="of the relative threshold")
@@ -51,13 +48,13 @@ def ranked_images(path: Path) -> list[str]:
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    detectors = command.open_detectors(args)
+    subjects = command.open_subjects(args, kinds=(DETECTORS, SEGMENTERS))
     if args.ranking is None:
-        records = annotated_records(detectors[0].dataset, args.num)
+        records = annotated_records(subjects[0].dataset, args.num)
     else:
-        records = records_of(detectors[0].dataset, ranked_images(args.ranking)[: args.num])
+        records = records_of(subjects[0].dataset, ranked_images(args.ranking)[: args.num])
     areas = gradient_report(
-        detectors,
+        subjects,
         records,
         args.output,
         pictures=args.pictures,

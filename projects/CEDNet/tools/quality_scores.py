@@ -18,23 +18,19 @@ from pathlib import Path
 
 from d2dense import projects
 from d2dense.analyses import command, quality
-from d2dense.analyses.detectors import Detector, annotated_records, records_of
 from d2dense.analyses.gradients import input_gradient
 from d2dense.analyses.reports import quality_panels, quality_report
+from d2dense.analyses.subjects import Subject, annotated_records, records_of
 from d2dense.data import loaders
-from d2dense.errors import ToolParser, UserError, run_tool
+from d2dense.errors import UserError, run_tool
 from d2dense.evaluation.base import image_key
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = ToolParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    command.add_configs(parser, required=False)
-    command.add_run(parser)
-    command.add_data(parser)
+    parser = command.make_parser(__doc__, configs=False)
     add = parser.add_argument
     add("--predictions", nargs=2, metavar=("A", "B"), help="instead of models")
     add("--any-class", action="store_true", help="detections of other classes count as well")
-    add("--num", type=int, help="images to score, the first ones that have objects")
     add("--keep", type=int, default=1000, help="how many of the best are marked in scores.csv")
     add("--panels", type=int, default=4, help="of how many of the best pictures are drawn")
     args = parser.parse_intermixed_args(argv)
@@ -50,15 +46,15 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def from_models(args: argparse.Namespace):
-    """Return records, detections by name, and the detectors."""
-    detectors = command.open_detectors(args)
-    records = annotated_records(detectors[0].dataset, args.num)
-    found = {d.name: quality.detect(d.model, d.test_images(records)) for d in detectors}
-    return records, found, detectors
+    """Return records, detections by name, and the models."""
+    subjects = command.open_subjects(args)
+    records = annotated_records(subjects[0].dataset, args.num)
+    found = {d.name: quality.detect(d.model, d.test_images(records)) for d in subjects}
+    return records, found, subjects
 
 
 def from_files(args: argparse.Namespace):
-    """Return the same from prediction files; there are no detectors."""
+    """Return the same from prediction files; there are no models."""
     projects.import_all()
     dataset = command.custom_dataset(args)
     if dataset is None:
@@ -78,30 +74,29 @@ def from_files(args: argparse.Namespace):
     return annotated_records(dataset, args.num), found, []
 
 
-def gradient_maps(detectors: Sequence[Detector], image_ids: Sequence):
-    """Return, by detector, an iterator over the maps of these images."""
-    if not detectors:
+def gradient_maps(subjects: Sequence[Subject], image_ids: Sequence):
+    """Return, by model, an iterator over the maps of these images."""
+    if not subjects:
         return {}
-    records = records_of(detectors[0].dataset, [str(each) for each in image_ids])
+    records = records_of(subjects[0].dataset, [str(each) for each in image_ids])
     return {
-        detector.name: (
-            input_gradient(detector.model, sample).map
-            for sample in detector.labelled_images(records)
+        subject.name: (
+            input_gradient(subject.model, sample).map for sample in subject.labelled_images(records)
         )
-        for detector in detectors
+        for subject in subjects
     }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    records, found, detectors = (from_files if args.predictions else from_models)(args)
+    records, found, subjects = (from_files if args.predictions else from_models)(args)
     comparisons = quality.compare(records, *found.values(), any_class=args.any_class)
     names = tuple(found)
     summary = quality_report(comparisons, args.output, keep=args.keep, names=names)
     best = comparisons[: max(args.panels, 0)]
     if best:
-        maps = gradient_maps(detectors, [image_key(each.record) for each in best])
+        maps = gradient_maps(subjects, [image_key(each.record) for each in best])
         quality_panels(best, found, args.output, any_class=args.any_class, gradients=maps)
     for name, score in summary["mean_score"].items():
         print(f"{name}: mean image score {score:.4f} over {summary['images']} images")

@@ -14,21 +14,17 @@ from collections.abc import Sequence
 
 from d2dense.analyses import command
 from d2dense.analyses.attention_maps import attention_levels
-from d2dense.analyses.detectors import annotated_records
 from d2dense.analyses.discriminability import discriminability_report, encoder_levels
-from d2dense.errors import ToolParser, run_tool
+from d2dense.analyses.subjects import annotated_records
+from d2dense.errors import run_tool
 
 SOURCES = {"encoder": encoder_levels, "cross-attention": attention_levels}
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = ToolParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    command.add_configs(parser)
-    command.add_run(parser)
-    command.add_data(parser)
+    parser = command.make_parser(__doc__)
     add = parser.add_argument
     add("--source", choices=SOURCES, default="encoder", help="what is scored")
-    add("--num", type=int, help="images to use, the first ones that have objects")
     add("--pictures", type=int, default=4, help="of how many images maps are drawn")
     args = parser.parse_intermixed_args(argv)
     command.at_least_one(args, "num")
@@ -37,10 +33,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
-    detectors = command.open_detectors(args)
+    subjects = command.open_subjects(args)
     areas = discriminability_report(
-        detectors,
-        annotated_records(detectors[0].dataset, args.num),
+        subjects,
+        annotated_records(subjects[0].dataset, args.num),
         args.output,
         levels=SOURCES[args.source],
         pictures=args.pictures,

@@ -13,18 +13,14 @@ from collections.abc import Sequence
 
 from d2dense import projects
 from d2dense.analyses import command
-from d2dense.analyses.detectors import annotated_records
 from d2dense.analyses.head_distance import HeadDistances, distance_report
-from d2dense.errors import ToolParser, run_tool
+from d2dense.analyses.subjects import annotated_records
+from d2dense.errors import run_tool
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = ToolParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    command.add_configs(parser)
-    command.add_run(parser)
-    command.add_data(parser)
+    parser = command.make_parser(__doc__)
     add = parser.add_argument
-    add("--num", type=int, help="images to use, the first ones that have objects")
     add("--top", type=int, default=100, help="best candidates of each head that count")
     args = parser.parse_intermixed_args(argv)
     command.at_least_one(args, "num", "top")
@@ -37,11 +33,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     projects.import_all()
     from codetr import analyses  # found once the projects are known
 
-    (detector,) = command.open_detectors(args)
-    model = analyses.require_collaborative(detector.model)
+    (subject,) = command.open_subjects(args)
+    model = analyses.require_collaborative(subject.model)
     names = ["main", *analyses.head_names(model)]
     distances = HeadDistances(len(names))
-    for sample in detector.labelled_images(annotated_records(detector.dataset, args.num)):
+    for sample in subject.labelled_images(annotated_records(subject.dataset, args.num)):
         distances.add(analyses.activation_maps(model, sample, top=args.top))
     for name, distance in distance_report(distances, names, args.output).items():
         print(f"{name}: mean distance {distance:.4f}")

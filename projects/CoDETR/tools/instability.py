@@ -12,18 +12,15 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from d2dense.analyses import command
-from d2dense.analyses.detectors import annotated_records, open_detector
 from d2dense.analyses.instability import assignments, instability_report
-from d2dense.errors import ToolParser, UserError, run_tool
+from d2dense.analyses.subjects import annotated_records, open_subject
+from d2dense.errors import UserError, run_tool
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = ToolParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    command.add_configs(parser)
-    command.add_data(parser)
+    parser = command.make_parser(__doc__, weights=False)
     add = parser.add_argument
     add(
         "--weights",
@@ -34,7 +31,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="two or more checkpoints, in the order of training; once per --config-file",
     )
     add("--device", help="cpu or cuda; replaces the config's device")
-    add("--num", type=int, help="images to use, the first ones that have objects")
     args = parser.parse_intermixed_args(argv)
     command.at_least_one(args, "num")
     for files in args.weights:
@@ -49,24 +45,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     dataset = command.custom_dataset(args)
     weights = command.per_config(args.weights, "--weights", args.config_file)
-    names = command.per_config(args.name, "--name", args.config_file)
+    names = command.distinct_config_names(args)
     options = {"overrides": args.overrides, "device": args.device}
     runs, tested, records = {}, "", None
     for config, files, name in zip(args.config_file, weights, names):
-        name = name or Path(config).stem
-        if name in runs:
-            raise UserError(f"two models are called {name!r}; tell them apart by --name")
         runs[name] = {}
         for file in files:
-            detector = open_detector(config, weights=file, dataset=dataset, **options)
+            subject = open_subject(config, weights=file, dataset=dataset, **options)
             if records is None:
-                tested, records = detector.dataset, annotated_records(detector.dataset, args.num)
-            if detector.dataset != tested:
+                tested, records = subject.dataset, annotated_records(subject.dataset, args.num)
+            if subject.dataset != tested:
                 raise UserError(
-                    f"the configs have the test sets {tested} and {detector.dataset}; choose by "
+                    f"the configs have the test sets {tested} and {subject.dataset}; choose by "
                     "--dataset"
                 )
-            runs[name][file] = assignments(detector, records)
+            runs[name][file] = assignments(subject, records)
     for name, values in instability_report(runs, args.output).items():
         print(f"{name}: instability {', '.join(f'{value:.2f}' for value in values)}")
     print(f"written to {args.output}")

@@ -13,19 +13,15 @@ from collections.abc import Sequence
 
 from d2dense import projects
 from d2dense.analyses import command
-from d2dense.analyses.detectors import annotated_records
 from d2dense.analyses.query_distance import query_report
-from d2dense.errors import ToolParser, run_tool
+from d2dense.analyses.subjects import annotated_records
+from d2dense.errors import run_tool
 from d2dense.evaluation.base import image_key
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = ToolParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    command.add_configs(parser)
-    command.add_run(parser)
-    command.add_data(parser)
+    parser = command.make_parser(__doc__)
     add = parser.add_argument
-    add("--num", type=int, help="images to use, the first ones that have objects")
     add("--seed", type=int, default=0, help="of what heads with region proposals draw")
     args = parser.parse_intermixed_args(argv)
     command.at_least_one(args, "num")
@@ -38,11 +34,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     projects.import_all()
     from codetr import analyses  # found once the projects are known
 
-    (detector,) = command.open_detectors(args)
-    model = analyses.require_collaborative(detector.model)
-    records = annotated_records(detector.dataset, args.num)
+    (subject,) = command.open_subjects(args)
+    model = analyses.require_collaborative(subject.model)
+    records = annotated_records(subject.dataset, args.num)
     rows = []
-    for record, sample in zip(records, detector.labelled_images(records)):
+    for record, sample in zip(records, subject.labelled_images(records)):
         rows += analyses.query_distances(
             model, sample, image=str(image_key(record)), seed=args.seed
         )

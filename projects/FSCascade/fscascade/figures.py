@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from d2dense.analyses.figures import save
+from d2dense.analyses.figures import make_folder, save, write_json
 from d2dense.errors import UserError
 
 __all__ = ["IOUS", "Run", "ap_by_iou", "ap_differences", "confidence", "draw"]
@@ -105,16 +105,19 @@ def confidence(run: Run) -> list[tuple[float, float, int, float]]:
 
 
 def draw(runs: Sequence[Run], output_dir: str | Path, *, baseline: Run | None = None) -> list[Path]:
-    """Draw all figures and write their numbers; return the files."""
-    folder = Path(output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
+    """Draw all figures and write their numbers, and ``summary.json`` with each stage's mean AP;
+    return the files.
+    """
+    folder = make_folder(output_dir)
     files = []
     differences = ap_differences(runs, baseline)
     if differences:
         files += _curves(folder / "ap_differences", differences, "AP difference", zero_line=True)
     files += _curves(folder / "ap_by_iou", ap_by_iou(runs), "AP")
     files += _confidence(folder / "confidence", runs)
-    return files
+    shown = [*runs, baseline] if baseline is not None else runs
+    mean = {run.name: {stage: float(v.mean()) for stage, v in run.ap.items()} for run in shown}
+    return [*files, write_json(folder / "summary.json", {"AP": mean})]
 
 
 def _curves(

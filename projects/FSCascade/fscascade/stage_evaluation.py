@@ -1,61 +1,77 @@
-"""Evaluation of every stage and ensemble of one trained cascade, from one pass over the images."""
+"""Evaluation of every stage and ensemble of one trained cascade, from one pass over the images.
+
+A detector without stages counts as one stage.
+
+Letters: R regions over all images, K foreground classes.
+"""
 
 from __future__ import annotations
 
 import csv
-import json
 import logging
-import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from detectron2.modeling import GeneralizedRCNN
 from detectron2.structures import Boxes, Instances, pairwise_iou
-from torch import nn
+from torch import Tensor, nn
 
+from d2dense.analyses.figures import write_json
 from d2dense.errors import UserError
 from d2dense.evaluation import COCOEvaluator
 from d2dense.evaluation.ground_truth import GroundTruth, load_ground_truth
+from d2dense.modeling import FlexibleCascadeROIHeads
+from d2dense.modeling.regions import clip_lists
 
 from .roi_heads import FSCascadeROIHeads
 
-__all__ = ["AllStages", "ScoresByIoU", "evaluate_stages"]
+__all__ = ["AllStages", "ScoresByIoU", "detect_all_stages", "evaluate_stages"]
 
 logger = logging.getLogger(__name__)
+
+# Classifiers on the regions of the last stage, and on those of each stage.
+_ENSEMBLES = ("ensemble_last_rois", "ensemble_own_rois")
 
 
 class AllStages(nn.Module):
     """A detector whose output for each image holds the ``Instances`` of every stage and ensemble.
 
     Args:
-        model: a ``GeneralizedRCNN`` with :class:`FSCascadeROIHeads`
+        model: any detector. With :class:`FSCascadeROIHeads` or ``FlexibleCascadeROIHeads`` it has
+            their stages, otherwise one.
     """
 
-    def __init__(self, model: GeneralizedRCNN):
+    def __init__(self, model: nn.Module):
         super().__init__()
-        if not isinstance(getattr(model, "roi_heads", None), FSCascadeROIHeads):
-            found = type(getattr(model, "roi_heads", model)).__name__
-            raise UserError(f"stages are evaluated of FSCascadeROIHeads; this model has {found}")
         self.model = model
-
-    @property
-    def names(self) -> list[str]:
-        """Keys of the outputs: ``stage1 .. stage<n>`` and, of several stages, both ensembles."""
-        stages = self.model.roi_heads.num_cascade_stages
-        ensembles = ["ensemble_last_rois", "ensemble_own_rois"] if stages > 1 else []
-        return [f"stage{k + 1}" for k in range(stages)] + ensembles
+        heads = getattr(model, "roi_heads", None)
+        self._detect = None
+        if isinstance(heads, FSCascadeROIHeads):
+            self._detect, ensembles = heads.detect_all_stages, list(_ENSEMBLES)
+        elif isinstance(heads, FlexibleCascadeROIHeads):
+            self._detect, ensembles = partial(detect_all_stages, heads), [_ENSEMBLES[1]]
+        self.num_stages = heads.num_cascade_stages if self._detect else 1
+        stages = [f"stage{k + 1}" for k in range(self.num_stages)]
+        # keys of the outputs; of a single stage there is no ensemble
+        self.names = stages + ensembles if self.num_stages > 1 else stages
 
     @torch.no_grad()
     def forward(self, batched_inputs: list[dict[str, Any]]) -> list[dict[str, Instances]]:
-        """Run backbone and proposals once and every stage on top; inputs as in Detectron2."""
+        """Run backbone and proposals once and every stage on top; inputs as in Detectron2.
+
+        Raises:
+            UserError: the model is no detector.
+        """
         model = self.model
+        if self._detect is None:
+            return [{"stage1": _instances(model, output)} for output in model(batched_inputs)]
         images = model.preprocess_image(batched_inputs)
         features = model.backbone(images.tensor)
         proposals, _ = model.proposal_generator(images, features, None)
-        results = model.roi_heads.detect_all_stages(features, proposals)
+        results = self._detect(features, proposals)
         outputs: list[dict[str, Instances]] = [{} for _ in batched_inputs]
         for name in self.names:
             found = model.roi_heads.forward_with_given_boxes(features, results[name])
@@ -63,6 +79,37 @@ class AllStages(nn.Module):
             for output, result in zip(outputs, scaled):
                 output[name] = result["instances"]
         return outputs
+
+
+def _instances(model: nn.Module, output: Mapping[str, Any]) -> Instances:
+    if "instances" not in output:
+        raise UserError(
+            f"{type(model).__name__} predicts {', '.join(output)}; stages are those of detectors, "
+            "which predict instances"
+        )
+    return output["instances"]
+
+
+def detect_all_stages(
+    heads: FlexibleCascadeROIHeads, features: Mapping[str, Tensor], proposals: list[Instances]
+) -> dict[str, list[Instances]]:
+    """Return the detections of every stage, as if the cascade ended there and its scores alone
+    counted, and the result of the whole cascade, as ``ensemble_own_rois``.
+    """
+    levels = [features[name] for name in heads.box_in_features]
+    boxes = [p.proposal_boxes.tensor for p in proposals]
+    sizes = [len(each) for each in boxes]
+    results = {}
+    for k, (head, predictor) in enumerate(zip(heads.box_head, heads.box_predictor)):
+        logits, deltas = predictor(head(heads._pool(levels, boxes)))
+        regions = torch.cat(boxes)
+        found = predictor.decode(deltas, regions), predictor.scores(logits)
+        results[f"stage{k + 1}"] = heads._detections(*found, proposals)
+        # the next stage's regions, one for each: (R, 4), of the best class
+        one = predictor.decode(predictor.deltas_of(deltas, logits[:, :-1].argmax(dim=1)), regions)
+        boxes = clip_lists(one.split(sizes), proposals)
+    results[_ENSEMBLES[1]] = heads._forward_box(features, proposals)
+    return results
 
 
 class ScoresByIoU:
@@ -110,7 +157,7 @@ class ScoresByIoU:
 
 @torch.no_grad()
 def evaluate_stages(
-    model: GeneralizedRCNN,
+    model: nn.Module,
     loader: Iterable[list[dict[str, Any]]],
     dataset_name: str,
     *,
@@ -123,7 +170,7 @@ def evaluate_stages(
     results format, and ``confidence.csv`` (IoU and score of the last stage's detections).
 
     Args:
-        model: a detector with :class:`FSCascadeROIHeads`, with its weights
+        model: any detector, with its weights
         loader: batches of the data set
         dataset_name: registered name
 
@@ -139,23 +186,17 @@ def evaluate_stages(
         )
         for name in stages.names
     }
-    last = f"stage{model.roi_heads.num_cascade_stages}"
+    last = f"stage{stages.num_stages}"
     confidence = ScoresByIoU(load_ground_truth(dataset_name), prediction_key=last)
+    collectors: list[Any] = [*evaluators.values(), confidence]
     for inputs in loader:
         outputs = stages(inputs)
-        for collector in (*evaluators.values(), confidence):
+        for collector in collectors:
             collector.process(inputs, outputs)
     results = {name: evaluator.evaluate() for name, evaluator in evaluators.items()}
     confidence.write(folder / "confidence.csv")
-    (folder / "results.json").write_text(json.dumps(_plain(results), indent=1) + "\n")
+    write_json(folder / "results.json", results)
     for name, tasks in results.items():
         values = ", ".join(f"{task} AP {metrics['AP']:.2f}" for task, metrics in tasks.items())
         logger.info("%s: %s: %s", dataset_name, name, values)
     return results
-
-
-def _plain(value: Any) -> Any:
-    """Replace NaN (nothing to find), which JSON does not know, by null."""
-    if isinstance(value, Mapping):
-        return {key: _plain(v) for key, v in value.items()}
-    return None if isinstance(value, float) and math.isnan(value) else value

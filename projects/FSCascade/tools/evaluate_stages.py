@@ -1,5 +1,10 @@
 #!/usr/bin/env python3
-"""Evaluate every stage and ensemble of a trained cascade in one pass over the test images."""
+"""Evaluate every stage and ensemble of a trained cascade in one pass over the test images; of any
+other detector its result.
+
+Writes results.json, confidence.csv and the detections of each stage, from which draw_figures.py
+draws.
+"""
 
 from __future__ import annotations
 
@@ -7,48 +12,35 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
-from d2dense import checkpoint, config
-from d2dense.engine.experiment import experiment
-from d2dense.errors import ToolParser, UserError, run_tool
+from d2dense.analyses import command
+from d2dense.data import loaders
+from d2dense.errors import run_tool
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = ToolParser(description=__doc__)
-    add = parser.add_argument
-    add("--config-file", required=True, metavar="F", help="yaml or py config, or model-zoo name")
-    add("--weights", metavar="W", help="checkpoint; by default the config's")
-    add("--output", type=Path, required=True, metavar="DIR", help="folder for results.json etc.")
-    add("--device", help="cpu or cuda; replaces the config's device")
-    add("overrides", nargs="*", metavar="KEY VALUE | key=value", help="changes of the config")
-    return parser.parse_intermixed_args(argv)
+    parser = command.make_parser(__doc__, num=False)
+    args = parser.parse_intermixed_args(argv)
+    command.exactly_one(args)
+    return args
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    (subject,) = command.open_subjects(args)
     from fscascade.stage_evaluation import evaluate_stages  # found once the projects are known
 
-    cfg = config.load(args.config_file, args.overrides)
-    exp = experiment(cfg, device=args.device, training=False)
-    weights = args.weights or exp.settings.init_checkpoint
-    if not weights:
-        raise UserError("stages are evaluated of trained weights: give --weights FILE")
-    model = exp.build_model()
-    checkpoint.load_weights(
-        model, weights, allow_pickle=exp.settings.allow_pickle
-    ).require_complete()
-    for name in exp.test_names:
-        folder = args.output if len(exp.test_names) == 1 else args.output / name
-        results = evaluate_stages(model, exp.build_test_loader(name), name, output_dir=folder)
-        for stage, tasks in results.items():
-            values = "  ".join(
-                f"{task} AP {m['AP']:.2f} AP50 {m['AP50']:.2f} AP75 {m['AP75']:.2f}"
-                for task, m in tasks.items()
-            )
-            print(f"{name} {stage:<20}{values}")
-        print(f"written to {folder}")
+    records = loaders.get_dataset_dicts(names=subject.dataset, filter_empty=False)
+    images = subject.test_images(records)
+    results = evaluate_stages(subject.model, images, subject.dataset, output_dir=args.output)
+    for stage, tasks in results.items():
+        values = "  ".join(
+            f"{task} AP {m['AP']:.2f} AP50 {m['AP50']:.2f} AP75 {m['AP75']:.2f}"
+            for task, m in tasks.items()
+        )
+        print(f"{subject.dataset} {stage:<20}{values}")
+    print(f"written to {args.output}")
     return 0
 
 

@@ -60,7 +60,12 @@ def test_drawing_writes_pictures_and_their_numbers(tmp_path, scores):
     runs = [write_run(tmp_path / "a", scores=scores), write_run(tmp_path / "b", offset=1.0)]
     files = figures.draw(runs, tmp_path / "out", baseline=write_run(tmp_path / "base", stages=1))
     names = ["ap_differences", "ap_by_iou", "confidence"]
-    assert [f.name for f in files] == [f"{n}.{kind}" for n in names for kind in ("png", "csv")]
+    drawn = [f"{n}.{kind}" for n in names for kind in ("png", "csv")]
+    assert [f.name for f in files] == [*drawn, "summary.json"]
+    # stage 1 of "a" has AP 60 - 50 * IoU, at IoU 0.50 to 0.95
+    summary = json.loads(files[-1].read_text())["AP"]
+    assert summary["a"]["stage1"] == pytest.approx(60 - 50 * 0.725)
+    assert list(summary) == ["a", "b", "base"]
     assert all(f.read_bytes().startswith(b"\x89PNG") for f in files if f.suffix == ".png")
     rows = read_csv(tmp_path / "out" / "ap_by_iou.csv")
     assert [row["iou"] for row in rows] == ["0.50", "0.55", "0.60", "0.65", "0.70", "0.75"]

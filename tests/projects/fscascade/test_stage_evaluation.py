@@ -5,9 +5,11 @@ import json
 
 import pytest
 import torch
+from detectron2.config import instantiate
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import Boxes, Instances
 
+from d2dense import config
 from d2dense.data import shapes
 from d2dense.data.augmentations import default
 from d2dense.data.coco_format import load_coco
@@ -16,6 +18,7 @@ from d2dense.data.mappers import DetectionMapper
 from d2dense.errors import UserError
 from d2dense.evaluation import COCOEvaluator, evaluate
 from d2dense.evaluation.ground_truth import load_ground_truth
+from d2dense.modeling import FlexibleCascadeROIHeads, RegionPredictor
 from fscascade.stage_evaluation import AllStages, ScoresByIoU, evaluate_stages
 
 NAME = "fscascade_stage_test"
@@ -107,6 +110,56 @@ def test_scores_by_iou_take_the_best_box_of_the_same_class(dataset):
     assert all(score not in (0.3, 0.8) for _, score in collector.pairs)
 
 
-def test_other_heads_are_refused():
-    with pytest.raises(UserError, match="this model has Linear"):
-        AllStages(torch.nn.Linear(1, 1))
+def flexible_twin():
+    """The small plain cascade, and the same with the library's other cascade heads."""
+    node = config.load("FSCascade/cascade_rcnn_tiny_shapes").model
+    plain = instantiate(node).eval()
+    node.roi_heads._target_ = FlexibleCascadeROIHeads
+    for key in ("cfs", "loc_head", "test_scores"):
+        node.roi_heads.pop(key, None)
+    for predictor in node.roi_heads.box_predictors:
+        predictor._target_ = RegionPredictor
+        predictor.pop("box_input_shape")
+    twin = instantiate(node).eval()
+    twin.load_state_dict(plain.state_dict())
+    return plain, twin
+
+
+def test_other_cascades_have_the_same_stages():
+    torch.manual_seed(0)
+    plain, twin = flexible_twin()
+    inputs = [{"image": torch.rand(3, 96, 128) * 255, "height": 96, "width": 128}]
+    (expected,), (found,) = AllStages(plain)(inputs), AllStages(twin)(inputs)
+    assert list(found) == ["stage1", "stage2", "stage3", "ensemble_own_rois"]
+    for name, instances in found.items():
+        assert len(instances) > 10
+        torch.testing.assert_close(instances.scores, expected[name].scores)
+        boxes = expected[name].pred_boxes.tensor
+        torch.testing.assert_close(instances.pred_boxes.tensor, boxes, rtol=1e-4, atol=1e-3)
+        assert torch.equal(instances.pred_classes, expected[name].pred_classes)
+
+
+def test_any_other_detector_is_one_stage(dataset, tmp_path):
+    class Blind(torch.nn.Module):
+        def forward(self, batch):
+            return [{"instances": self.nothing(each)} for each in batch]
+
+        def nothing(self, image):
+            found = Instances((image["height"], image["width"]))
+            found.pred_boxes = Boxes(torch.zeros(0, 4))
+            found.scores = torch.zeros(0)
+            found.pred_classes = torch.zeros(0, dtype=torch.int64)
+            return found
+
+    results = evaluate_stages(Blind(), loader(dataset), dataset, output_dir=tmp_path)
+    assert list(results) == ["stage1"]
+    assert results["stage1"]["bbox"]["AP"] == 0
+
+
+def test_what_is_no_detector_is_refused():
+    class Segmenter(torch.nn.Module):
+        def forward(self, batch):
+            return [{"sem_seg": torch.zeros(1, 1, 1)}]
+
+    with pytest.raises(UserError, match="Segmenter predicts sem_seg; stages are those of"):
+        AllStages(Segmenter())([{}])

@@ -63,7 +63,7 @@ def test_train_evaluate_by_stage_and_draw(tools, data, tmp_path):
 def test_mistakes_are_one_line(tools, data, tmp_path, capsys):
     command = ["--config-file", CONFIG, "--output", str(tmp_path), *data]
     assert run_tool(lambda: tools["evaluate_stages"].main(command)) == 2
-    assert "give --weights FILE" in capsys.readouterr().err
+    assert "trained weights are needed, give --weights FILE" in capsys.readouterr().err
     command = ["--results", str(tmp_path / "none"), "--output", str(tmp_path)]
     assert run_tool(lambda: tools["draw_figures"].main(command)) == 2
     assert "run evaluate_stages.py" in capsys.readouterr().err

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from d2dense import model_zoo
-from d2dense.analyses.detectors import annotated_records, open_detector, records_of
 from d2dense.analyses.quality import Objects
+from d2dense.analyses.subjects import annotated_records, open_subject, records_of
 from d2dense.data import datasets, shapes
 from d2dense.errors import UserError
 
@@ -62,7 +62,7 @@ def test_images_by_their_ids(dataset):
 @pytest.mark.parametrize("kind", ["lazy", "yaml"])
 def test_labelled_images_are_those_of_tests(dataset, weights, kind):
     path = model_zoo.get_config_file(CEDNET, kind)
-    detector = open_detector(path, weights=weights, device="cpu", dataset=dataset)
+    detector = open_subject(path, weights=weights, device="cpu", dataset=dataset)
     assert detector.name == "retinanet_cednet_tiny_shapes"
     assert not detector.model.training
     records = annotated_records(dataset, 2)
@@ -79,9 +79,9 @@ def test_what_cannot_be_analysed(dataset, weights):
     yaml = model_zoo.get_config_file(CEDNET, "yaml")
     options = {"weights": weights, "device": "cpu"}
     with pytest.raises(UserError, match="reads its test set by SemanticMapper"):
-        open_detector(yaml, dataset=dataset, overrides=["INPUT.MAPPER", "semantic"], **options)
+        open_subject(yaml, dataset=dataset, overrides=["INPUT.MAPPER", "semantic"], **options)
     two = ["DATASETS.TEST", f"['{dataset}', '{dataset}']"]
     with pytest.raises(UserError, match="choose one with --dataset"):
-        open_detector(yaml, overrides=two, **options)
+        open_subject(yaml, overrides=two, **options)
     with pytest.raises(UserError, match="trained weights are needed"):
-        open_detector(yaml, weights=None, device="cpu", dataset=dataset)
+        open_subject(yaml, weights=None, device="cpu", dataset=dataset)
