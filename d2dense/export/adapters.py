@@ -136,13 +136,13 @@ class _DenseAdapter(Adapter):
 
 
 class _QueryAdapter(Adapter):
-    """Detection transformers, without the noised queries of training."""
+    """Detection transformers, without the queries that only training has."""
 
     outputs = (BOXES, SCORES, CLASSES)
 
     def __init__(self, model: DeformableDETR):
         bare = copy.copy(model)
-        bare._modules = {**model._modules, "denoising": None}
+        bare._modules = {**model._modules, "denoising": None, "one_to_many": None}
         super().__init__(bare)
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:

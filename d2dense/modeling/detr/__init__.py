@@ -11,6 +11,7 @@ from .encoder import DeformableEncoder, DeformableEncoderLayer
 from .heads import BoxHead, PredictionHeads
 from .matcher import HungarianMatcher, Matches
 from .memory import Memory
+from .one_to_many import OneToManyQueries
 from .parts import NECKS
 from .positions import SinePositions
 from .proposals import EncoderPredictions, Proposals, TwoStageQueries
@@ -44,6 +45,7 @@ __all__ = [
     "Matches",
     "Memory",
     "NoisedQueries",
+    "OneToManyQueries",
     "PointQueries",
     "PredictionHeads",
     "Proposals",

@@ -5,7 +5,7 @@ Letters: N images, Q queries, K classes, G most objects in an image, D decoder l
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -115,6 +115,7 @@ class DETRCriterion(nn.Module):
         boxes: Tensor,
         targets: Targets,
         encoder: EncoderPredictions | None = None,
+        others: Mapping[str, tuple[Tensor, Tensor, Targets]] | None = None,
     ) -> dict[str, Tensor]:
         """Return ``loss_cls``, ``loss_bbox`` and ``loss_iou`` of the last layer, the same with
         ``d0.``, ``d1.``, ... in front of those before it, and with ``enc_`` of the encoder.
@@ -123,21 +124,21 @@ class DETRCriterion(nn.Module):
             logits: ``(D, N, Q, K)``
             boxes: ``(D, N, Q, 4)``, cxcywh relative to the image
             encoder: its predictions
+            others: further sets of logits, boxes and targets; the keys come before ``loss_`` in
+                names
         """
-        sets = [(logits, boxes, targets)]
+        sets = {"": (logits, boxes, targets)}
         if encoder is not None:
             # a set of its own: it may have other classes and other numbers of predictions
             classes = targets.classes * 0 if encoder.binary else targets.classes
-            sets.append(
-                (encoder.logits[None], encoder.boxes[None], targets._replace(classes=classes))
-            )
-        found = [
-            self._matched_losses(*each, matches)
-            for each, matches in zip(sets, self.matcher.match(sets))
-        ]
-        if encoder is not None:
-            found[0] |= {f"enc_{name}": loss for name, loss in found[1].items()}
-        return found[0]
+            of_encoder = encoder.logits[None], encoder.boxes[None]
+            sets["enc_"] = (*of_encoder, targets._replace(classes=classes))
+        sets |= others or {}
+        losses = {}
+        for (key, each), matches in zip(sets.items(), self.matcher.match(list(sets.values()))):
+            found = self._matched_losses(*each, matches)
+            losses |= {name.replace("loss_", f"{key}loss_"): loss for name, loss in found.items()}
+        return losses
 
     def _matched_losses(
         self, logits: Tensor, boxes: Tensor, targets: Targets, matches: Matches

@@ -26,7 +26,9 @@ from .denoising import ContrastiveDenoising
 from .encoder import DeformableEncoder
 from .heads import PredictionHeads
 from .memory import Memory
-from .queries import Queries
+from .one_to_many import OneToManyQueries
+from .proposals import TwoStageQueries
+from .queries import Queries, join
 from .selection import Selection
 from .targets import Targets, build_targets, image_size_tensor
 
@@ -49,6 +51,7 @@ class DeformableDETR(nn.Module):
         heads: states and references -> logits and boxes
         criterion: logits, boxes and targets -> losses
         denoising: targets -> noised queries, in training
+        one_to_many: proposals -> queries for several copies of each object, in training
         max_detections, soft_nms_iou, min_score, by_offset: see :class:`Selection`
         mask_padding: nobody sees the padding of a batch, and boxes are relative to the image; else
             padding is as good as the image, and boxes are relative to both together (Co-DETR's
@@ -75,6 +78,7 @@ class DeformableDETR(nn.Module):
         pixel_mean: Sequence[float],
         pixel_std: Sequence[float],
         denoising: ContrastiveDenoising | None = None,
+        one_to_many: OneToManyQueries | None = None,
         max_detections: int = 100,
         soft_nms_iou: float | None = None,
         min_score: float = 1e-3,
@@ -94,6 +98,13 @@ class DeformableDETR(nn.Module):
         self.heads = heads
         self.criterion = criterion
         self.denoising = denoising
+        if one_to_many is not None and not isinstance(queries, TwoStageQueries):
+            raise UserError(
+                "one_to_many (MODEL.DETR.ONE_TO_MANY) takes queries of the encoder's proposals, "
+                f"these are {type(queries).__name__}; give TwoStageQueries (TWO_STAGE True), or "
+                "none of it (ONE_TO_MANY.QUERIES 0)"
+            )
+        self.one_to_many = one_to_many
         self.num_classes = num_classes
         self.selection = Selection(
             max_detections=max_detections,
@@ -164,16 +175,29 @@ class DeformableDETR(nn.Module):
         )
 
     def main_losses(self, memory: Memory, targets: Targets) -> dict[str, Tensor]:
-        """Return the losses of the queries, of their noised ones and of the encoder."""
-        queries = self.queries(memory)
+        """Return the losses of the queries, of those for copies of objects (``many_loss_cls``,
+        ``d0.many_loss_cls``, ...), of noised ones and of the encoder.
+        """
+        start = queries = self.queries(memory)
         noised = None if self.denoising is None else self.denoising(targets)
-        start = queries if noised is None else noised.join(queries)
+        if noised is not None:
+            start = noised.join(queries)
+        if self.one_to_many is not None:
+            start = join([start, self.one_to_many(self.queries, queries.proposals)])
         logits, boxes = self.predict(start, memory)
         count = 0 if noised is None else noised.content.shape[1]
-        encoder = None
+        end = count + queries.content.shape[1]
+        encoder, others = None, {}
         if queries.proposals is not None:
             encoder = self.queries.encoder_predictions(queries.proposals)
-        losses = self.criterion(logits[:, :, count:], boxes[:, :, count:], targets, encoder)
+        if self.one_to_many is not None:
+            copies = targets.repeated(self.one_to_many.repeats)
+            others["many_"] = logits[:, :, end:], boxes[:, :, end:], copies
+        own = logits[:, :, count:end], boxes[:, :, count:end]
+        losses = self.criterion(*own, targets, encoder, others)
+        for name in losses:
+            if "many_" in name:
+                losses[name] = self.one_to_many.weight * losses[name]
         if noised is not None:
             of_noised = self.criterion.known_losses(
                 logits[:, :, :count],

@@ -20,6 +20,7 @@ from .denoising import ContrastiveDenoising
 from .encoder import DeformableEncoder
 from .heads import PredictionHeads
 from .matcher import HungarianMatcher
+from .one_to_many import OneToManyQueries
 from .proposals import TwoStageQueries
 from .queries import LearnedQueries
 
@@ -84,6 +85,7 @@ def deformable(node: CfgNode) -> dict[str, nn.Module]:
             eps=node.REFERENCE_EPS,
         ),
         "denoising": _denoising(node),
+        "one_to_many": _one_to_many(node),
     }
 
 
@@ -123,7 +125,19 @@ def _denoising(node: CfgNode) -> nn.Module | None:
     )
 
 
-# MODEL.DETR.TRANSFORMER -> its node's encoder, queries, decoder, heads and denoising (None: none)
+def _one_to_many(node: CfgNode) -> nn.Module | None:
+    if not node.ONE_TO_MANY.QUERIES:
+        return None
+    return OneToManyQueries(
+        num_queries=node.ONE_TO_MANY.QUERIES,
+        channels=node.CHANNELS,
+        repeats=node.ONE_TO_MANY.REPEATS,
+        weight=node.ONE_TO_MANY.WEIGHT,
+    )
+
+
+# MODEL.DETR.TRANSFORMER -> its node's encoder, queries, decoder, heads, and queries that only
+# training has (None: none)
 TRANSFORMERS: dict[str, Callable[[CfgNode], dict[str, nn.Module | None]]] = {
     "deformable": deformable,
     "conditional": single_scale.conditional,
@@ -134,7 +148,8 @@ TRANSFORMERS: dict[str, Callable[[CfgNode], dict[str, nn.Module | None]]] = {
 def transformer(node: CfgNode) -> dict[str, nn.Module | None]:
     """Return the parts of the kind that ``MODEL.DETR.TRANSFORMER`` names."""
     _one_of("TRANSFORMER", node.TRANSFORMER, TRANSFORMERS)
-    return {"denoising": None, **TRANSFORMERS[node.TRANSFORMER](node)}
+    own = TRANSFORMERS[node.TRANSFORMER](node)
+    return {"denoising": None, "one_to_many": None, **own}
 
 
 def criterion(node: CfgNode) -> DETRCriterion:

@@ -130,12 +130,30 @@ class TwoStageQueries(nn.Module):
     def forward(self, memory: Memory) -> Queries:
         """Return the queries, and the proposals with them."""
         proposals = self.propose(memory)
-        references = proposals.boxes.detach()
+        queries = self._queries(proposals.boxes.detach(), self.content.weight)
+        return queries._replace(proposals=proposals)
+
+    def following(self, proposals: Proposals, content: Tensor) -> Queries:
+        """Return queries of the proposals next in rank to the chosen ones.
+
+        Args:
+            content: ``(T, C)``, of T queries by rank
+        """
+        count = proposals.scores.shape[1]
+        fill = (0, self.num_queries + len(content))
+        scores = F.pad(proposals.scores, fill, value=-torch.inf)
+        left = scores.scatter(1, proposals.index, -torch.inf)
+        top_scores, index = left.topk(len(content), dim=1)
+        index = index.masked_fill(top_scores == -torch.inf, count)  # none is left
+        chosen = (proposals.features, proposals.anchors, proposals.valid)
+        boxes = self._predict_boxes(*(_rows(each, index) for each in chosen))
+        return self._queries(boxes.detach(), content)
+
+    def _queries(self, references: Tensor, content: Tensor) -> Queries:
         position = None
         if self.positions is not None:
             position = self.positions(references).chunk(2, dim=-1)[0]
-        content = self.content.weight.expand(memory.tokens.shape[0], -1, -1)
-        return Queries(content, position, references, proposals=proposals)
+        return Queries(content.expand(references.shape[0], -1, -1), position, references)
 
     def propose(self, memory: Memory) -> Proposals:
         """Return the encoder's predictions."""

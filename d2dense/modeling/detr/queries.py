@@ -5,6 +5,7 @@ Letters: N images, C channels, Q queries.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ from .memory import Memory
 if TYPE_CHECKING:
     from .proposals import Proposals
 
-__all__ = ["LearnedQueries", "Queries"]
+__all__ = ["LearnedQueries", "Queries", "join"]
 
 
 class Queries(NamedTuple):
@@ -37,6 +38,29 @@ class Queries(NamedTuple):
     references: Tensor
     mask: Tensor | None = None
     proposals: Proposals | None = None
+
+
+def join(groups: Sequence[Queries]) -> Queries:
+    """Return the queries of all groups as one set, in which groups do not hear each other."""
+    lengths = [each.content.shape[1] for each in groups]
+    images, total = groups[0].content.shape[0], sum(lengths)
+    mask = groups[0].content.new_ones(images, total, total, dtype=torch.bool)
+    if all(each.mask is None for each in groups):
+        mask = mask[0]
+    first = 0
+    for each, length in zip(groups, lengths):
+        part = slice(first, first + length)
+        mask[..., part, part] = False if each.mask is None else each.mask
+        first += length
+    position = None
+    if groups[0].position is not None:
+        position = torch.cat([each.position for each in groups], dim=1)
+    return Queries(
+        content=torch.cat([each.content for each in groups], dim=1),
+        position=position,
+        references=torch.cat([each.references for each in groups], dim=1),
+        mask=mask,
+    )
 
 
 class LearnedQueries(nn.Module):

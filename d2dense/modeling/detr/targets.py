@@ -34,6 +34,14 @@ class Targets(NamedTuple):
     counts: list[int]
     sizes: Tensor
 
+    def repeated(self, times: int) -> Targets:
+        """Return as many copies of each object."""
+        return self._replace(
+            classes=self.classes.repeat_interleave(times, dim=1),
+            boxes=self.boxes.repeat_interleave(times, dim=1),
+            counts=[times * count for count in self.counts],
+        )
+
 
 def image_size_tensor(image_sizes: Sequence[tuple[int, int]], device: torch.device) -> Tensor:
     """Return ``(N, 2)``, height and width, float32, without waiting for the device."""

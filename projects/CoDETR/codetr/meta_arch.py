@@ -18,15 +18,16 @@ from torch import Tensor, nn
 from d2dense.errors import UserError
 from d2dense.export import adapt, register_adapter
 from d2dense.modeling.detr import DeformableDETR, Memory, Targets
+from d2dense.modeling.detr.queries import join
 
 from . import parts
 from .auxiliary import AuxiliaryHead, Candidates
 from .heads.dense import average_factor
-from .positive_queries import PositiveQueries, join
+from .positive_queries import PositiveQueries
 
 __all__ = ["CoDETR"]
 
-_IN_TRAINING = ("adapter", "auxiliary_heads", "positive_queries", "denoising")
+_IN_TRAINING = ("adapter", "auxiliary_heads", "positive_queries", "denoising", "one_to_many")
 
 
 @META_ARCH_REGISTRY.register()
@@ -171,7 +172,7 @@ class CoDETR(DeformableDETR):
         model = DeformableDETR.__new__(DeformableDETR)
         model.__dict__.update(self.__dict__)
         model._modules = {k: v for k, v in self._modules.items() if k not in _IN_TRAINING}
-        model.denoising = None
+        model.denoising = model.one_to_many = None
         return model
 
 

@@ -39,6 +39,7 @@ __all__ = [
     "deformable_detr_plus_plus",
     "dino",
     "dino_with_heads",
+    "h_deformable_detr",
     "resnet50",
     "swin",
     "vit_large",
@@ -137,6 +138,14 @@ def deformable_detr_plus_plus(
     node.queries.num_queries = num_queries
     node.max_detections = 300 if num_queries > 300 else 100
     return node
+
+
+def h_deformable_detr(body: Body | None = None, **settings) -> DictConfig:
+    """Return H-Deformable-DETR: Deformable-DETR++ with hybrid matching.
+
+    Args: see :func:`deformable_detr_plus_plus`
+    """
+    return detr.hybrid_matching(deformable_detr_plus_plus(body, **settings))
 
 
 def dino(

@@ -19,7 +19,7 @@ from d2dense.modeling.detr.boxes import inverse_sigmoid
 
 from .auxiliary import Candidates
 
-__all__ = ["HEAD_EMBEDDINGS", "PositiveQueries", "Selected", "join", "select"]
+__all__ = ["HEAD_EMBEDDINGS", "PositiveQueries", "Selected", "select"]
 
 HEAD_EMBEDDINGS = ("channels", "scalar", "none")
 
@@ -215,26 +215,3 @@ def _deaf(there: Tensor) -> Tensor:
     """Return ``(N, Q, Q)``, True where a query is filling, which only itself hears."""
     itself = torch.eye(there.shape[1], dtype=torch.bool, device=there.device)
     return ~(there[:, None] | itself)
-
-
-def join(groups: Sequence[Queries]) -> Queries:
-    """Return the queries of all groups as one set, in which groups do not hear each other."""
-    lengths = [each.content.shape[1] for each in groups]
-    images, total = groups[0].content.shape[0], sum(lengths)
-    mask = groups[0].content.new_ones(images, total, total, dtype=torch.bool)
-    if all(each.mask is None for each in groups):
-        mask = mask[0]
-    first = 0
-    for each, length in zip(groups, lengths):
-        part = slice(first, first + length)
-        mask[..., part, part] = False if each.mask is None else each.mask
-        first += length
-    position = None
-    if groups[0].position is not None:
-        position = torch.cat([each.position for each in groups], dim=1)
-    return Queries(
-        content=torch.cat([each.content for each in groups], dim=1),
-        position=position,
-        references=torch.cat([each.references for each in groups], dim=1),
-        mask=mask,
-    )

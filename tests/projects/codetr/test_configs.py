@@ -52,6 +52,9 @@ RECIPES = {
     "conditional_detr_r50_c5_3x": ("coco", 80, 36, [30], 16, 1e-4, 1e-4, 0, 300),
     "dab_detr_r50_c5_rcnn_atss_3x": ("coco", 80, 36, [30], 16, 1e-4, 1e-4, 2, 300),
     "deformable_detr_pp_r50_six_heads_1x": ("coco", 80, 12, [11], 32, 2e-4, 1e-4, 6, 300),
+    "deformable_detr_pp_r50_hybrid_1x": ("coco", 80, 12, [11], 32, 2e-4, 1e-4, 0, 300),
+    "h_deformable_detr_r50_1x": ("coco", 80, 12, [11], 16, 2e-4, 1e-4, 0, 300),
+    "h_deformable_detr_swin_l_3x": ("coco", 80, 36, [30], 16, 2e-4, 0.05, 0, 900),
     "dino_5scale_r50_1x": ("coco", 80, 12, [11], 16, 2e-4, 1e-4, 0, 900),
     "co_deformable_detr_r50_1x": ("coco", 80, 12, [11], 16, 2e-4, 1e-4, 2, 300),
     "co_deformable_detr_swin_t_3x": ("coco", 80, 36, [30], 16, 2e-4, 0.05, 2, 300),
@@ -89,6 +92,11 @@ def test_recipes_are_those_of_the_paper(name):
     assert len(getattr(found, "auxiliary_heads", ())) == heads
     sources = found.queries.state_dict().values()
     assert any(value.shape[0] == queries for value in sources if value.ndim == 2)
+    hybrid = found.one_to_many
+    assert (hybrid is not None) == (name.startswith("h_") or "hybrid" in name)
+    if hybrid is not None:
+        assert len(hybrid.content.weight) == 1500
+        assert (hybrid.repeats, hybrid.weight) == (6, 1.0)
 
 
 @pytest.mark.parametrize("name", ["co_deformable_detr_r50_1x", "co_dino_5scale_r50_1x"])

@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 
 from codetr import Candidates, PositiveQueries
-from codetr.positive_queries import Selected, join, select
+from codetr.positive_queries import Selected, select
 from d2dense.modeling.detr import Queries
+from d2dense.modeling.detr.queries import join
 from tests.modeling.waiting import OpCounter
 
 CLASSES, WIDTH = 5, 8
