@@ -1,7 +1,7 @@
 """Layers that the projects and the engine share."""
 
 from .deformable_attention import MultiScaleDeformableAttention
-from .deformable_sampling import deformable_sampling
+from .deformable_sampling import deformable_sampling, is_recorded
 from .drop_path import Residual
 from .folding import can_fold, fold_for_inference, fold_frozen_norms
 from .linear import Linear
@@ -9,7 +9,7 @@ from .mlp import MLP2d
 from .norm import NORMS, LayerNorm2d, build_norm, explained_single_values, set_norms
 from .process_sum import number_of_processes, sum_over_processes
 from .sync_norm import SyncBatchNorm, has_sync_norms, replace_sync_norms
-from .windows import join_windows, padded_to_multiple, split_windows
+from .windows import join_windows, missing, padded_to_multiple, split_windows
 
 __all__ = [
     "NORMS",
@@ -26,7 +26,9 @@ __all__ = [
     "fold_for_inference",
     "fold_frozen_norms",
     "has_sync_norms",
+    "is_recorded",
     "join_windows",
+    "missing",
     "number_of_processes",
     "padded_to_multiple",
     "replace_sync_norms",

@@ -5,19 +5,27 @@ Letters: N images, H and W height and width of a map, C channels, B windows of a
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["join_windows", "padded_to_multiple", "split_windows"]
+from .deformable_sampling import is_recorded
+
+__all__ = ["join_windows", "missing", "padded_to_multiple", "split_windows"]
 
 
 def padded_to_multiple(x: Tensor, side: int) -> Tensor:
     """Fill up ``(N, H, W, C)`` with zeros at the right and the bottom to multiples of ``side``."""
     h, w = x.shape[1], x.shape[2]
-    if not torch.jit.is_tracing() and h % side == 0 and w % side == 0:
+    if not is_recorded() and h % side == 0 and w % side == 0:
         return x  # filling up by nothing copies
-    return F.pad(x, (0, 0, 0, (side - w % side) % side, 0, (side - h % side) % side))
+    return F.pad(x, (0, 0, 0, missing(w, side), 0, missing(h, side)))
+
+
+def missing(size: int, multiple: int) -> int:
+    """Return what ``size`` lacks of the next multiple. In torch.export's sums it cancels with the
+    size itself, and what is left is divisible; a remainder would stay as it is.
+    """
+    return (size + multiple - 1) // multiple * multiple - size
 
 
 def split_windows(x: Tensor, height: int, width: int) -> Tensor:

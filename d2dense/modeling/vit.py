@@ -19,7 +19,7 @@ from detectron2.modeling.backbone import BACKBONE_REGISTRY, Backbone
 from torch import Tensor, nn
 
 from d2dense.errors import UserError
-from d2dense.layers import join_windows, padded_to_multiple, split_windows
+from d2dense.layers import is_recorded, join_windows, padded_to_multiple, split_windows
 
 __all__ = ["EVA02ViT", "MapAttention", "rotary_table"]
 
@@ -182,7 +182,7 @@ class EVA02ViT(Backbone):
         """Return the learned positions of H by W tokens, ``(1, H, W, C)``."""
         side = self.position_side
         grid = self.position_embedding[:, 1:].unflatten(1, (side, side)).permute(0, 3, 1, 2)
-        if torch.jit.is_tracing() or (h, w) != (side, side):
+        if is_recorded() or (h, w) != (side, side):
             grid = F.interpolate(grid, size=(h, w), mode="bicubic", align_corners=False)
         return grid.permute(0, 2, 3, 1)
 

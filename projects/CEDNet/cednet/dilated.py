@@ -5,9 +5,10 @@ Letters: N images, C channels, H and W of the map, D dilation.
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from d2dense.layers import is_recorded
 
 __all__ = ["DilatedDepthwiseConv2d"]
 
@@ -38,7 +39,7 @@ class DilatedDepthwiseConv2d(nn.Conv2d):
     def forward(self, input: Tensor) -> Tensor:
         """``(N, C, H, W)`` to the same shape."""
         # an exported trace may run elsewhere, so it holds the plain convolution
-        if self.dilation[0] == 1 or input.device.type != "cpu" or torch.jit.is_tracing():
+        if self.dilation[0] == 1 or input.device.type != "cpu" or is_recorded():
             return self._conv_forward(input, self.weight, self.bias)
         d, half = self.dilation[0], self.kernel_size[0] // 2
         n, c, h, w = input.shape

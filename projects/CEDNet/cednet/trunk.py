@@ -6,12 +6,14 @@ Letters: N images, H and W of the image, C2 .. C5 maps of strides 4 .. 32 and al
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from d2dense.errors import UserError, nearest
+from d2dense.layers import missing
 
 from .blocks import BlockFamily, ConvNormAct, NextFamily
 from .drop_paths import drop_path_rates, plan_stages
@@ -68,7 +70,7 @@ class CEDNetTrunk(nn.Module):
         in_channels: int = 3,
     ):
         super().__init__()
-        family = family or NextFamily()
+        family = NextFamily() if family is None else family
         _check_choice("style", style, STYLES)
         _check_choice("layer_rule", layer_rule, LAYER_RULES)
         counts = _blocks_per_stage(blocks, num_stages)
@@ -93,7 +95,7 @@ class CEDNetTrunk(nn.Module):
         per_stage = 1 if layer_rule == "stage" else 2
         self.num_layers = 1 + per_stage * len(plans) if layer_count is None else layer_count
 
-        names = {"norm": family.norm, "activation": family.activation}
+        names: dict[str, Any] = {"norm": family.norm, "activation": family.activation}
         self.stem = nn.Sequential(
             ConvNormAct(in_channels, _STEM_WIDTH, 3, stride=2, **names),
             ConvNormAct(_STEM_WIDTH, c2, 3, stride=2, **names),
@@ -164,11 +166,8 @@ class CEDNetTrunk(nn.Module):
 def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
     """Fill ``(N, C, H, W)`` up with zeros at the right and the bottom."""
     h, w = x.shape[-2], x.shape[-1]
-    bottom, right = (multiple - h % multiple) % multiple, (multiple - w % multiple) % multiple
-    # a trace keeps what it sees here, also for the other sizes that it will meet
-    if torch.jit.is_tracing() or bottom > 0 or right > 0:
-        x = F.pad(x, (0, right, 0, bottom))
-    return x
+    # also by nothing: what is recorded here is used at other sizes
+    return F.pad(x, (0, missing(w, multiple), 0, missing(h, multiple)))
 
 
 @torch.jit.unused
@@ -224,9 +223,7 @@ def _sequence(
     )
 
 
-def _blocks_per_stage(
-    blocks: Sequence[int] | Sequence[Sequence[int]], num_stages: int | None
-) -> list[tuple[int, ...]]:
+def _blocks_per_stage(blocks: Sequence[Any], num_stages: int | None) -> list[tuple[int, ...]]:
     if len(blocks) and isinstance(blocks[0], int):
         counts = [tuple(blocks)] * (3 if num_stages is None else num_stages)
     else:
