@@ -5,7 +5,7 @@ Letters: N images, K classes, M heads (of which evaluation sees the last).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -78,7 +78,7 @@ class ImageClassifier(nn.Module):
         self.num_classes = num_classes
         self.input_format = input_format
         self.head_weights = tuple(head_weights)
-        self.mixing = None
+        self.mixing: Callable | None = None
         if mixup > 0 or cutmix > 0:
             self.mixing = _mixing(
                 mixup_alpha=mixup,
@@ -164,6 +164,7 @@ class ImageClassifier(nn.Module):
                 "processes and accumulation steps, or set MODEL.CLASSIFIER.MIXUP and CUTMIX / "
                 "model.mixup and model.cutmix to 0"
             )
+        assert self.mixing is not None
         return self.mixing(images, labels)
 
     def _losses(self, heads: Sequence[Tensor], targets: Tensor) -> dict[str, Tensor]:

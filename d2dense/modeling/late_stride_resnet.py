@@ -100,7 +100,7 @@ class _LateStrideNet(nn.Module):
     def __init__(self, net: nn.Module, name: str, output_stride: int, multi_grid: list[int]):
         super().__init__()
         parts = dict(net.named_children())
-        stages = [parts.get(f"layer{k}") for k in range(1, 5)]
+        stages: list[Any] = [parts.get(f"layer{k}") for k in range(1, 5)]
         blocks = [block for stage in stages if stage is not None for block in stage]
         if None in stages or not all(hasattr(block, "conv3") for block in blocks):
             raise UserError(

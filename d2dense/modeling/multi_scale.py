@@ -66,7 +66,12 @@ class MultiScaleDetector(nn.Module):
         super().__init__()
         self.model = model
         self.min_sizes, self.max_size, self.flip = list(min_sizes), max_size, flip
-        self.suppression = {"method": method, "iou": iou, "sigma": sigma, "min_score": min_score}
+        self.suppression: dict[str, Any] = {
+            "method": method,
+            "iou": iou,
+            "sigma": sigma,
+            "min_score": min_score,
+        }
         self.voting_iou, self.max_detections = voting_iou, max_detections
         self._check()
 
@@ -81,8 +86,10 @@ class MultiScaleDetector(nn.Module):
                 f"{_KEYS}: method = {self.suppression['method']!r}, expected one of "
                 f"{', '.join(METHODS)}"
             )
-        limits = {"iou": self.suppression["iou"], "voting_iou": self.voting_iou or 1.0}
-        for name, value in {**limits, "sigma": self.suppression["sigma"]}.items():
+        limits = {name: self.suppression[name] for name in ("iou", "sigma")}
+        if self.voting_iou is not None:
+            limits["voting_iou"] = self.voting_iou
+        for name, value in limits.items():
             if value <= 0 or (name != "sigma" and value > 1):
                 raise UserError(f"{_KEYS}: {name} = {value}, expected a number above 0, IoUs to 1")
 

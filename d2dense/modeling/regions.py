@@ -239,6 +239,7 @@ def foreground_instances(regions: Regions, targets: list[Instances]) -> list[Ins
     counts = torch.bincount(regions.image[rows], minlength=regions.num_images).tolist()
     boxes = regions.boxes[rows].split(counts)
     classes = regions.classes[rows].split(counts)
+    assert regions.matched is not None, "only regions that were labelled know their objects"
     matched = regions.matched[rows].split(counts)
     result, start = [], 0
     for n, target in enumerate(targets):

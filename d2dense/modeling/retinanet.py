@@ -180,13 +180,13 @@ class BatchRetinaNet(RetinaNet):
         """Return per image the labels ``(R,)`` and matched boxes ``(R, 4)`` of all anchors, as
         :meth:`losses` takes them.
         """
-        anchors = Boxes.cat(anchors)
+        every = Boxes.cat(anchors)
         labels, boxes = [], []
         for target in gt_instances:
-            matches, kinds = self.anchor_matcher(pairwise_iou(target.gt_boxes, anchors))
+            matches, kinds = self.anchor_matcher(pairwise_iou(target.gt_boxes, every))
             if len(target) == 0:
                 labels.append(torch.full_like(matches, self.num_classes))
-                boxes.append(torch.zeros_like(anchors.tensor))
+                boxes.append(torch.zeros_like(every.tensor))
                 continue
             classes = target.gt_classes[matches]
             classes = classes.masked_fill(kinds == 0, self.num_classes)

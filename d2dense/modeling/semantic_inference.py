@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -93,7 +94,7 @@ class SemanticInference(nn.Module):
         if self.window is None:
             if self.stride is not None:
                 raise UserError(f"{_KEYS}: stride = {self.stride}, but there is no window; set it")
-        elif any(step > side for step, side in zip(self.stride, self.window)):
+        elif self.stride and any(step > side for step, side in zip(self.stride, self.window)):
             raise UserError(
                 f"{_KEYS}: stride = {self.stride} steps over pixels between windows of "
                 f"{self.window}; make it at most the window"
@@ -150,7 +151,7 @@ class SemanticInference(nn.Module):
     def _scores(self, network: Network, images: Tensor, size: tuple[int, int]) -> Tensor:
         if not self.multi_scale:
             return self._resized(self._single(network, images), size)
-        total = None
+        total: Any = None
         for scaled, is_flipped in self._views(images):
             scores = self._resized(self._single(network, scaled), size)
             if self.average == "probabilities":
@@ -162,15 +163,15 @@ class SemanticInference(nn.Module):
     def _views(self, images: Tensor) -> Iterator[tuple[Tensor, bool]]:
         """Yield the scaled images and whether they are mirrored."""
         for ratio in self.ratios:
-            size = tuple(scaled_side(side, ratio, self.keep_odd) for side in images.shape[2:])
+            height, width = (scaled_side(s, ratio, self.keep_odd) for s in images.shape[2:])
             # smoothed where it shrinks, as images are in training
-            scaled = self._resized(images, size, antialias=True)
+            scaled = self._resized(images, (height, width), antialias=True)
             yield scaled, False
             if self.flip:
                 yield scaled.flip(3), True
 
     def _single(self, network: Network, images: Tensor) -> Tensor:
-        if self.window is None:
+        if self.window is None or self.stride is None:
             return network(images).float()
         sides, window = images.shape[2:], [min(w, s) for w, s in zip(self.window, images.shape[2:])]
         starts = [window_starts(*each) for each in zip(sides, window, self.stride)]
@@ -185,7 +186,8 @@ class SemanticInference(nn.Module):
     def _mean_of_windows(
         self, network: Network, images: Tensor, places: Sequence[tuple[slice, slice]]
     ) -> Tensor:
-        total, count = None, images.new_zeros(images.shape[2:], dtype=torch.float32)
+        total: Any = None
+        count = images.new_zeros(images.shape[2:], dtype=torch.float32)
         at_once = max(1, self.max_windows // len(images))
         for first in range(0, len(places), at_once):
             part = places[first : first + at_once]

@@ -209,6 +209,8 @@ class UperNetHead(nn.Module):
 
     def auxiliary_scores(self, features: dict[str, Tensor]) -> Tensor:
         """Return the auxiliary classifier's scores, of its map's size."""
+        assert self.auxiliary is not None
+        assert self.auxiliary_feature is not None
         return self.auxiliary(features[self.auxiliary_feature])
 
     def _enlarged(self, scores: Tensor, stride: int) -> Tensor:

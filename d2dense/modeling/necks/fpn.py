@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from detectron2.modeling.backbone import FPN, Backbone
 from torch import nn
@@ -38,15 +39,17 @@ class PaddedFPN(FPN):
         size_divisibility: int | None = None,
     ):
         shapes = checked_shapes(bottom_up, in_features)
+        top: Any = top_block
         if top_block is not None and not isinstance(top_block, nn.Module):
-            top_block = top_block(shapes[-1].channels, out_channels)
-            top_block.in_feature = in_features[-1]
+            top = top_block(shapes[-1].channels, out_channels)
+            top.in_feature = in_features[-1]
         super().__init__(
             bottom_up=bottom_up,
             in_features=list(in_features),
             out_channels=out_channels,
             norm=norm,
-            top_block=top_block,
+            top_block=top,
             fuse_type=fuse_type,
         )
-        self._size_divisibility = checked_divisibility(size_divisibility, self._size_divisibility)
+        own: int = self._size_divisibility
+        self._size_divisibility: int = checked_divisibility(size_divisibility, own)

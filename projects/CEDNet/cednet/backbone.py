@@ -6,6 +6,7 @@ Letters: N images, H and W of the image.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch.nn.functional as F
 from detectron2.config import CfgNode, configurable
@@ -68,7 +69,7 @@ class Pyramid(nn.Module):
     ):
         super().__init__()
         c2, *others = in_channels
-        options = {"norm": norm, "activation": "none"}
+        options: dict[str, Any] = {"norm": norm, "activation": "none"}
         self.lateral = nn.ModuleList(
             ConvNormAct(channels, out_channels, 1, **options) for channels in others
         )

@@ -11,7 +11,7 @@ free of copies in ``channels_last`` memory.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -133,7 +133,7 @@ class LRNextBlock(nn.Module):
         dilation: int = 3,
     ):
         super().__init__()
-        options = {"norm": "LN", "activation": "gelu"}
+        options: dict[str, Any] = {"norm": "LN", "activation": "gelu"}
         self.near = DepthwiseConvNormAct(channels, **options)
         self.far = DepthwiseConvNormAct(channels, dilation=dilation, **options)
         self.mlp = MLP2d(channels)
@@ -150,7 +150,7 @@ class BottleneckBlock(nn.Module):
 
     def __init__(self, channels: int, *, drop_path: float = 0.0, norm: str = "BN"):
         super().__init__()
-        options = {"norm": norm, "bias": False}
+        options: dict[str, Any] = {"norm": norm, "bias": False}
         wide = 4 * channels
         self.near = ConvNormAct(channels, channels, 3, activation="relu", **options)
         self.expand = ConvNormAct(channels, wide, 1, activation="relu", **options)
@@ -227,15 +227,15 @@ class LRWindowBlock(nn.Module):
 
 
 class BlockFamily(Protocol):
-    """Makes the blocks of one token mixer.
+    """Makes the blocks of one token mixer."""
 
-    Attributes:
-        norm: name of the norm around the blocks (stem, down-sampling, decoder).
-        activation: name of the activation there.
-    """
+    @property
+    def norm(self) -> str:
+        """Name of the norm around the blocks (stem, down-sampling, decoder)."""
 
-    norm: str
-    activation: str
+    @property
+    def activation(self) -> str:
+        """Name of the activation there."""
 
     def block(self, channels: int, *, level: int, index: int, drop_path: float) -> nn.Module:
         """Return a CED block for stride ``2 ** level``, the ``index``-th of its sequence."""

@@ -80,7 +80,8 @@ class StagePredictor(RegionPredictor):
             size = box_input_shape.channels
             if not self.average:
                 size *= box_input_shape.height * box_input_shape.width
-            self.bbox_pred = nn.Linear(size, self.bbox_pred.out_features)
+            outputs = self.bbox_pred.out_features
+            self.bbox_pred: nn.Linear = nn.Linear(size, outputs)
             nn.init.normal_(self.bbox_pred.weight, std=0.001)
             nn.init.zeros_(self.bbox_pred.bias)
 
