@@ -353,6 +353,9 @@ def _add_detr_keys(cfg: CN) -> None:
     cfg.MODEL.DETR.GIOU_WEIGHT = 2.0
     cfg.MODEL.DETR.FOCAL_ALPHA = 0.25
     cfg.MODEL.DETR.FOCAL_GAMMA = 2.0
+    # whether only some classes of a batch have a classification loss (modeling/detr/federated.py):
+    # how many, drawn by the images of DATASETS.TRAIN with them to a power,
+    cfg.MODEL.DETR.FEDERATED = CN({"ENABLED": False, "CLASSES": 50, "POWER": 0.5})
     # detections per image, and soft suppression of those that overlap (modeling/detr/soft_nms.py).
     cfg.MODEL.DETR.MAX_DETECTIONS = 100
     cfg.MODEL.DETR.SOFT_NMS = CN({"ENABLED": False, "IOU": 0.8, "MIN_SCORE": 1e-3})

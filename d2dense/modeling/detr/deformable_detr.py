@@ -127,7 +127,7 @@ class DeformableDETR(nn.Module):
             "in_features": node.IN_FEATURES,
             "neck": parts.neck(node, backbone.output_shape()),
             **parts.transformer(node),
-            "criterion": parts.criterion(node),
+            "criterion": parts.criterion(node, cfg.DATASETS.TRAIN),
             "num_classes": node.NUM_CLASSES,
             "max_detections": node.MAX_DETECTIONS,
             "soft_nms_iou": node.SOFT_NMS.IOU if node.SOFT_NMS.ENABLED else None,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
@@ -18,6 +18,7 @@ from .criterion import DETRCriterion
 from .decoder import DeformableDecoder
 from .denoising import ContrastiveDenoising
 from .encoder import DeformableEncoder
+from .federated import federated_classes
 from .heads import PredictionHeads
 from .matcher import HungarianMatcher
 from .one_to_many import OneToManyQueries
@@ -152,8 +153,12 @@ def transformer(node: CfgNode) -> dict[str, nn.Module | None]:
     return {"denoising": None, "one_to_many": None, **own}
 
 
-def criterion(node: CfgNode) -> DETRCriterion:
-    """Return the losses; the matching cost has their weights, but its own one of classes."""
+def criterion(node: CfgNode, datasets: Sequence[str] = ()) -> DETRCriterion:
+    """Return the losses; the matching cost has their weights, but its own one of classes.
+
+    Args:
+        datasets: for training, whose images with each class are counted for a federated loss
+    """
     weights = {
         "l1_weight": node.L1_WEIGHT,
         "giou_weight": node.GIOU_WEIGHT,
@@ -165,5 +170,17 @@ def criterion(node: CfgNode) -> DETRCriterion:
         num_classes=node.NUM_CLASSES,
         class_weight=node.CLASS_WEIGHT,
         class_loss=node.CLASS_LOSS,
+        federated=_federated(node, datasets),
         **weights,
+    )
+
+
+def _federated(node: CfgNode, datasets: Sequence[str]) -> nn.Module | None:
+    if not node.FEDERATED.ENABLED:
+        return None
+    return federated_classes(
+        dataset=list(datasets),
+        number=node.FEDERATED.CLASSES,
+        power=node.FEDERATED.POWER,
+        num_classes=node.NUM_CLASSES,
     )

@@ -7,11 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from detectron2.structures import Instances
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from d2dense.modeling.detr.federated import FederatedClasses
+
+if TYPE_CHECKING:
+    from .heads.objects import Objects
 
 __all__ = ["AuxiliaryHead", "Candidates", "recompute"]
 
@@ -47,9 +52,25 @@ class AuxiliaryHead(nn.Module):
 
     Attributes:
         strides: of the maps that it takes, in pixels.
+        num_classes: K.
+        federated: chooses the classes that count in the classification loss; None: all.
     """
 
     strides: tuple[int, ...]
+    num_classes: int
+    federated: FederatedClasses | None
+
+    def __init__(self):
+        super().__init__()
+        self.federated = None
+
+    def counted(self, objects: Objects) -> Tensor | None:
+        """Return which classes count in a batch with these objects, ``(K,)``; None: all."""
+        if self.federated is None:
+            return None
+        classes = objects.classes.masked_fill(~objects.there, self.num_classes)
+        occur = objects.there.new_zeros(self.num_classes + 1)
+        return self.federated(occur.scatter(0, classes.flatten(), True)[:-1])
 
     def predict(self, *inputs):
         """Return raw outputs; what takes the memory in training."""

@@ -17,6 +17,8 @@ def add_codetr_config(cfg: CN) -> None:
     # the weights lambda 1 and lambda 2,
     node.QUERY_WEIGHT = 1.0
     node.HEAD_WEIGHT = 2.0
+    # whether MODEL.DETR.FEDERATED goes for the heads too,
+    node.FEDERATED_HEADS = True
     # what of both is trained (Table 9),
     node.TRAIN_HEADS = True
     node.TRAIN_QUERIES = True

@@ -45,6 +45,8 @@ class CoDETR(DeformableDETR):
         auxiliary_heads: in the order of their numbers
         positive_queries: candidates of the heads -> queries; None: the heads are trained alone
         query_weight, head_weight: lambda 1 and lambda 2 of the paper
+        federated_heads: where only some classes count in the losses of queries (``federated`` of
+            the criterion), the same goes for those of the heads, each with a draw of its own
         train_heads: otherwise the heads only assign: their parameters stay what they are
         one_pass: the queries of all heads go through the decoder together, behind a mask that
             isolates heads; otherwise one after the other, with the same result
@@ -62,6 +64,7 @@ class CoDETR(DeformableDETR):
         positive_queries: PositiveQueries | None = None,
         query_weight: float = 1.0,
         head_weight: float = 2.0,
+        federated_heads: bool = True,
         train_heads: bool = True,
         one_pass: bool = True,
         evaluate_branch: int | None = None,
@@ -77,6 +80,9 @@ class CoDETR(DeformableDETR):
         self.train_heads = train_heads
         self.one_pass = one_pass
         self.evaluate_branch = evaluate_branch
+        if federated_heads:
+            for head in heads:
+                head.federated = self.criterion.federated
         if not train_heads:
             heads.requires_grad_(False)
 

@@ -45,6 +45,7 @@ def collaboration(cfg: CfgNode, strides: Sequence[int]) -> dict[str, Any]:
         else None,
         "query_weight": node.QUERY_WEIGHT,
         "head_weight": node.HEAD_WEIGHT,
+        "federated_heads": node.FEDERATED_HEADS,
         "train_heads": node.TRAIN_HEADS,
         "one_pass": node.ONE_PASS,
         "evaluate_branch": node.EVALUATE_BRANCH,

@@ -125,7 +125,7 @@ class ATSSHead(AnchorHead):
         outputs, anchors = self.predict(maps), torch.cat(list(levels))
         positive = assignment.positive
         number = average_positives(positive)
-        labels = assignment.labels(objects, self.num_classes)
+        labels, counted = assignment.labels(objects, self.num_classes), self.counted(objects)
         targets = assignment.targets(objects, anchors)
         rating = centerness(anchors, targets) * positive
         decoded = self.coder.decode(anchors, flatten_levels(outputs.deltas, 4))
@@ -134,7 +134,7 @@ class ATSSHead(AnchorHead):
         centred = F.binary_cross_entropy_with_logits(centre_logits, rating, reduction="none")
         losses = {
             "loss_cls": self.class_weight
-            * focal_sum(flatten_levels(outputs.logits, self.num_classes), labels)
+            * focal_sum(flatten_levels(outputs.logits, self.num_classes), labels, counted)
             / number,
             "loss_bbox": self.giou_weight * overlap.sum() / average_factor(rating.sum()),
             "loss_centerness": self.centerness_weight * (centred * positive).sum() / number,

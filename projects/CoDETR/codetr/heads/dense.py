@@ -36,6 +36,7 @@ __all__ = [
     "focal_losses",
     "focal_sum",
     "output_conv",
+    "sum_over_classes",
 ]
 
 
@@ -186,23 +187,34 @@ def average_positives(positive: Tensor) -> Tensor:
 
 
 def focal_losses(
-    logits: Tensor, labels: Tensor, *, alpha: float = 0.25, gamma: float = 2.0
+    logits: Tensor,
+    labels: Tensor,
+    counted: Tensor | None = None,
+    *,
+    alpha: float = 0.25,
+    gamma: float = 2.0,
 ) -> Tensor:
     """Return the sigmoid focal loss of each anchor, ``(N, A)``.
 
     Args:
         logits: ``(N, A, K)``, float32
         labels: ``(N, A)`` in [-1, K]: K is background, -1 is ignored
+        counted: ``(K,)``, classes that have a loss; None: all
     """
     classes = torch.arange(logits.shape[-1], device=labels.device)
     target = (labels[..., None] == classes).to(logits.dtype)
     loss = sigmoid_focal_loss(logits, target, alpha=alpha, gamma=gamma)
-    return loss.sum(dim=-1) * (labels >= 0)
+    return sum_over_classes(loss, counted) * (labels >= 0)
 
 
-def focal_sum(logits: Tensor, labels: Tensor) -> Tensor:
+def focal_sum(logits: Tensor, labels: Tensor, counted: Tensor | None = None) -> Tensor:
     """Return the sum of the :func:`focal_losses`."""
-    return focal_losses(logits, labels).sum()
+    return focal_losses(logits, labels, counted).sum()
+
+
+def sum_over_classes(losses: Tensor, counted: Tensor | None) -> Tensor:
+    """Return the sum ``(...)`` of ``(..., K)`` over the classes that count, ``(K,)``; None: all."""
+    return (losses if counted is None else losses * counted).sum(dim=-1)
 
 
 @torch.no_grad()

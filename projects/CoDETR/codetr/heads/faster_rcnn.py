@@ -202,7 +202,8 @@ class FasterRCNNHead(AuxiliaryHead):
         losses, proposals = self.rpn.losses(maps, objects)
         regions = self.sample(proposals, objects)
         pooled = self.pool(maps, regions.boxes)
-        losses.update(self.region_losses(*self.predict(pooled), regions))
+        logits, deltas = self.predict(pooled)
+        losses.update(self.region_losses(self.counting(logits, objects), deltas, regions))
         losses.update(self.further_losses(maps, regions, instances))
         return losses, self._candidates(pooled, regions)
 
@@ -241,6 +242,15 @@ class FasterRCNNHead(AuxiliaryHead):
             positive=positive,
             there=there,
         )
+
+    def counting(self, logits: Tensor, objects: Objects) -> Tensor:
+        """Return logits ``(N R, K + 1)`` in which the classes that do not count have no
+        probability; the background always counts.
+        """
+        counted = self.counted(objects)
+        if counted is None:
+            return logits
+        return logits.masked_fill(~F.pad(counted, (0, 1), value=True), -torch.inf)
 
     def region_losses(
         self, logits: Tensor, deltas: Tensor, regions: SampledRegions

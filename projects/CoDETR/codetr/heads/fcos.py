@@ -121,8 +121,9 @@ class FCOSHead(DenseHead):
         overlap = giou_loss(_boxes_around(points, distances * strides[:, None]), targets) * central
         rated = F.binary_cross_entropy_with_logits(ratings, central, reduction="none") * positive
         number = average_factor(positive.sum())
+        focal = focal_sum(logits, labels, self.counted(objects))
         losses = {
-            "loss_cls": self.class_weight * focal_sum(logits, labels) / number,
+            "loss_cls": self.class_weight * focal / number,
             "loss_bbox": self.giou_weight * overlap.sum() / average_factor(central.sum()),
             "loss_centerness": self.centerness_weight * rated.sum() / number,
         }

@@ -25,6 +25,7 @@ from .dense import (
     average_positives,
     flatten_levels,
     output_conv,
+    sum_over_classes,
 )
 from .objects import Objects, paired_iou
 
@@ -116,7 +117,8 @@ class GFLHead(AnchorHead):
             sides = _sides(anchors, targets) / units
         number = average_positives(positive)
         total = average_factor(weight.sum())
-        focal = quality_focal_loss(logits, quality).sum(dim=-1) * inside
+        focal = quality_focal_loss(logits, quality)
+        focal = sum_over_classes(focal, self.counted(objects)) * inside
         overlap = giou_loss(boxes, targets) * weight
         spread = distribution_loss(distances, sides).mean(dim=-1) * weight
         losses = {

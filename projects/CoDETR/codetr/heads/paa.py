@@ -109,7 +109,8 @@ class PAAHead(ATSSHead):
         positive = assignment.positive
         targets = assignment.targets(objects, anchors)
         number = average_positives(positive)
-        focal = focal_losses(logits, assignment.labels(objects, self.num_classes))
+        labels = assignment.labels(objects, self.num_classes)
+        focal = focal_losses(logits, labels, self.counted(objects))
         iou = paired_iou(boxes.detach(), targets) * positive
         overlap = giou_loss(boxes, targets) * iou
         ratings = flatten_levels(outputs.centerness, 1)[..., 0]

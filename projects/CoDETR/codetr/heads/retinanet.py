@@ -102,7 +102,8 @@ class RetinaNetHead(AnchorHead):
         assignment = self.assigner(anchors, inside, objects)
         logits, deltas = self.predict(maps)
         number = average_positives(assignment.positive)
-        focal = focal_sum(logits, assignment.labels(objects, self.num_classes))
+        labels = assignment.labels(objects, self.num_classes)
+        focal = focal_sum(logits, labels, self.counted(objects))
         boxes = self.coder.decode(anchors, deltas)
         overlap = giou_loss(boxes, assignment.targets(objects, anchors)) * assignment.positive
         losses = {

@@ -93,7 +93,7 @@ def squares(model, size):
 
 
 def federated(model):
-    """Let only some classes of LVIS count in each batch's losses of queries; return the model."""
+    """Let only some classes of LVIS count in a batch's classification losses; return the model."""
     model.num_classes = 1203
     model.criterion.federated = L(federated_classes)(
         dataset="${dataloader.train.dataset.names}",
