@@ -12,6 +12,7 @@ from d2dense.errors import ToolParser, UserError
 from .subjects import DETECTORS, Subject, distinct_names, open_subject
 
 __all__ = [
+    "add_data",
     "at_least_one",
     "custom_dataset",
     "distinct_config_names",
@@ -72,9 +73,7 @@ def make_parser(
         )
         add("--device", help="cpu or cuda; replaces the config's device")
     if data:
-        add("--dataset", help="registered name; by default the test set of the configs")
-        for entry, meaning in _FILES.items():
-            add(f"--{entry}", help=meaning)
+        add_data(parser, default="by default the test set of the configs")
     if data and num:
         add("--num", type=int, help="images to use")
     add(
@@ -84,6 +83,18 @@ def make_parser(
         help="changes of every one of the configs",
     )
     return parser
+
+
+def add_data(parser: ToolParser, *, default: str) -> None:
+    """Add ``--dataset``, and the files of a data set that has no name; :func:`custom_dataset` reads
+    them.
+
+    Args:
+        default: what is taken without them, for the help.
+    """
+    parser.add_argument("--dataset", help=f"registered name; {default}")
+    for entry, meaning in _FILES.items():
+        parser.add_argument(f"--{entry}", help=meaning)
 
 
 def custom_dataset(args: argparse.Namespace) -> str | None:

@@ -10,7 +10,6 @@ Letters: D detections, G objects of an image. Boxes are xyxy in pixels of the or
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,12 +18,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from detectron2.data import MetadataCatalog
 from detectron2.structures import BoxMode
 from torch import nn
 from torchvision.ops import box_iou
 
 from d2dense.errors import UserError
+from d2dense.evaluation import saved_results
 from d2dense.evaluation.base import image_key
 
 __all__ = [
@@ -204,55 +203,15 @@ def read_predictions(
         UserError: no such file, another format, or an image or category that is not in the data
             set.
     """
-    rows = _read_rows(Path(path))
-    to_class = MetadataCatalog.get(dataset).get("thing_dataset_id_to_contiguous_id")
-    if to_class is None:
-        to_class = {k: k for k in range(len(MetadataCatalog.get(dataset).thing_classes))}
-    known = set(image_ids)
-    by_image: dict[Hashable, list[tuple[list[float], float, int]]] = {}
-    for number, row in enumerate(rows):
-        where = f"{path}: prediction {number}"
-        box, score, image, category = _fields(row, where)
-        if image not in known:
-            raise UserError(f"{where} is of image {image!r}, which is not in {dataset}")
-        if category not in to_class:
-            raise UserError(f"{where} is of category {category!r}, which is not in {dataset}")
-        by_image.setdefault(image, []).append((box, score, to_class[category]))
+    saved = saved_results.read_detections(path, dataset, set(image_ids))
     return {
         image: Detections(
-            boxes=_boxes([BoxMode.convert(b, BoxMode.XYWH_ABS, BoxMode.XYXY_ABS) for b, _, _ in p]),
-            scores=np.array([score for _, score, _ in p], dtype=np.float64),
-            classes=np.array([class_ for _, _, class_ in p], dtype=np.int64),
+            boxes=_boxes([each.box for each in rows]),
+            scores=np.array([each.score for each in rows], dtype=np.float64),
+            classes=np.array([each.label for each in rows], dtype=np.int64),
         )
-        for image, p in by_image.items()
+        for image, rows in saved.items()
     }
-
-
-def _read_rows(path: Path) -> list[Any]:
-    try:
-        content = json.loads(path.read_text())
-    except OSError as error:
-        raise UserError(f"predictions {path} cannot be read: {error.strerror}") from None
-    except ValueError as error:
-        raise UserError(f"predictions {path} are not JSON: {error}") from None
-    rows = content.get("annotations") if isinstance(content, dict) else content
-    if not isinstance(rows, list):
-        raise UserError(f"predictions {path} are no list in COCO's results format")
-    return rows
-
-
-def _fields(row: Any, where: str) -> tuple[list[float], float, Hashable, Hashable]:
-    try:
-        box, score = [float(v) for v in row["bbox"]], float(row["score"])
-        image, category = row["image_id"], row["category_id"]
-        hash((image, category))
-    except (KeyError, TypeError, ValueError):
-        raise UserError(
-            f"{where} is {str(row)[:80]}, expected image_id, category_id, bbox and score"
-        ) from None
-    if len(box) != 4 or not all(map(math.isfinite, (*box, score))):
-        raise UserError(f"{where} has bbox {box} and score {score}, expected finite x, y, w, h")
-    return box, score, image, category
 
 
 def _boxes(rows: Sequence[Sequence[float]]) -> np.ndarray:

@@ -36,6 +36,8 @@ FLAGS = {
     "check_dataset": ["--config-file", "--dataset", "--kind", "--json", "--images", "--labels",
                       "--classes", "--ignore-label", "--task", "--masks", "--fast", "--workers"],
     "visualize_data": ["--config-file", "--dataset", "--output", "--num", "--scale"],
+    "visualize_predictions": ["--predictions", "--dataset", "--json", "--images", "--output",
+                              "--num", "--score-threshold"],
     "make_shapes": ["--output", "--train", "--val", "--size", "--seed", "--objects", "--workers",
                     "--overwrite", "--if-missing"],
 }  # fmt: skip
