@@ -38,6 +38,7 @@ test-long: setup
 lint: setup
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .
+	@$(PY) -m mypy
 
 # waiting threads sleep, so that another job on the machine does not multiply the times
 bench: export OMP_WAIT_POLICY = PASSIVE

@@ -73,7 +73,7 @@ class _Recorder(TorchDispatchMode):
         elif name is _aten.baddbmm:
             self.found.update(_of_batches(*args[1:3]))
         elif name is _aten.convolution:
-            self.found.update(_of_convolution(*args[:2], result, args[8]))
+            self.found.update(_of_convolution(args[0], args[1], result, args[8]))
         elif name in (
             _aten._scaled_dot_product_flash_attention_for_cpu,
             _aten._scaled_dot_product_flash_attention,

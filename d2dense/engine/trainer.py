@@ -474,8 +474,9 @@ class Trainer(TrainerBase):
             self._random = random_state.process_state()
 
     def _evaluation_weights(self):
-        averaged = self.ema is not None and self.settings.ema_eval
-        return self.ema.applied() if averaged else nullcontext()
+        if self.ema is None or not self.settings.ema_eval:
+            return nullcontext()
+        return self.ema.applied()
 
 
 def _endless(loader: Iterable) -> Iterator[list[Any]]:
