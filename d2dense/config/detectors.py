@@ -99,11 +99,12 @@ def resnet_fpn(
         norm: of the ResNet
         freeze_at: how many of its parts stay as they are, the stem being the first
         stride_in_1x1: False for torchvision's layout of weights, True for Microsoft's (which are
-            BGR with a standard deviation of 1)
+            BGR with a standard deviation of 1); from depth 50 on
     """
+    layout = {"stride_in_1x1": stride_in_1x1} if depth >= 50 else {}
     body = L(ResNet)(
         stem=L(BasicStem)(in_channels=3, out_channels=64, norm=norm),
-        stages=L(ResNet.make_default_stages)(depth=depth, stride_in_1x1=stride_in_1x1, norm=norm),
+        stages=L(ResNet.make_default_stages)(depth=depth, norm=norm, **layout),
         out_features=_maps_below(top),
         freeze_at=freeze_at,
     )

@@ -169,12 +169,26 @@ def _with_bases(data: dict, chain: tuple[Path, ...]) -> dict:
         raise UserError(f"config {chain[-1]}: _BASE_ is {bases!r}, expected a file name")
     result: dict = {}
     for base in bases:
-        path = Path(os.path.realpath(chain[-1].parent / os.path.expanduser(base)))
+        path = _base_path(base, chain[-1].parent)
         if path in chain:
             raise UserError(f"config {chain[-1]}: _BASE_ {base!r} leads back to {path}")
         _lay_over(_with_bases(_load_yaml(path), (*chain, path)), result, chain[-1])
     _lay_over(data, result, chain[-1])
     return result
+
+
+def _base_path(base: str, folder: Path) -> Path:
+    """Return the file that ``_BASE_`` names: relative to ``folder``, or by a model-zoo name, which
+    leads to another project wherever that is installed.
+    """
+    path = Path(os.path.realpath(folder / os.path.expanduser(base)))
+    if path.is_file() or path.suffix in (".yaml", ".yml"):
+        return path
+    from d2dense import model_zoo  # the model zoo loads through this module
+
+    if base in model_zoo.list_models("yaml"):
+        return model_zoo.get_config_file(base, "yaml")
+    return path
 
 
 def _lay_over(upper: dict, lower: dict, path: Path) -> None:

@@ -100,7 +100,9 @@ def built(name):
 
 def test_every_config_is_a_recipe_of_this_list():
     configs = {n.removeprefix("HFGD/") for n in model_zoo.list_models() if n.startswith("HFGD/")}
-    assert {name for name in configs if "tiny" not in name} == set(NAMES)
+    # those on the backbone of another paper are in tests/composition
+    own = {name for name in configs if "cednet" not in name}
+    assert {name for name in own if "tiny" not in name} == set(NAMES)
 
 
 @pytest.mark.parametrize("name", NAMES)
