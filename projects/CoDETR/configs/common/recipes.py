@@ -49,7 +49,7 @@ def jittered(*, size, data=("coco_2017_train", "coco_2017_val")):
         train=data[0],
         test=data[1],
         train_augmentations=L(augmentations.lsj)(
-            is_train=True, image_size=size, min_scale=0.1, max_scale=2.0, pad_value=_PAD_VALUE
+            is_train=True, image_size=size, min_scale=0.1, max_scale=2.0, pad_value=[_PAD_VALUE] * 3
         ),
         test_augmentations=L(augmentations.default)(is_train=False, min_size=[size], max_size=size),
         masks=True,
