@@ -19,6 +19,7 @@ from d2dense.modeling.detr import DeformableDETR, TwoStageQueries
 from . import official_backbones
 from .heads.atss import ATSSHead
 from .heads.faster_rcnn import FasterRCNNHead
+from .heads.mask_rcnn import MaskRCNNHead
 from .meta_arch import CoDETR
 
 __all__ = ["correspondence"]
@@ -28,6 +29,7 @@ _CLASSES = "MODEL.DETR.NUM_CLASSES (yaml) or model.num_classes (lazy)"
 _CLASS_KEYS = {
     r"query_head\.(cls_branches|label_embedding)\.": _CLASSES,
     r"roi_head\.\d+\.bbox_head\.(fc_cls|fc_reg)\.": _CLASSES,
+    r"roi_head\.\d+\.mask_head\.conv_logits\.": _CLASSES,
     r"bbox_head\.\d+\.atss_cls\.": _CLASSES,
 }
 # what a detector without auxiliary heads leaves behind
@@ -117,7 +119,7 @@ def _collaboration(model: CoDETR) -> dict[str, str]:
         "adapter.downsample": f"{_HEAD}.downsample",
         "positive_queries.head_embedding": f"{_TRANSFORMER}.head_pos_embed.weight",
     }
-    numbers = {FasterRCNNHead: 0, ATSSHead: 0}
+    numbers = {"roi_head": 0, "bbox_head": 0}
     for i, head in enumerate(model.auxiliary_heads):
         parts |= {
             f"positive_queries.embeddings.{i}.linear": f"{_TRANSFORMER}.aux_pos_trans.{i}",
@@ -125,19 +127,20 @@ def _collaboration(model: CoDETR) -> dict[str, str]:
             f"positive_queries.features.{i}.0": f"{_TRANSFORMER}.pos_feats_trans.{i}",
             f"positive_queries.features.{i}.1": f"{_TRANSFORMER}.pos_feats_norm.{i}",
         }
-        for kind, naming in ((FasterRCNNHead, _faster_rcnn), (ATSSHead, _atss)):
-            if type(head) is kind:
-                own = naming(head, numbers[kind])
-                parts |= {f"auxiliary_heads.{i}.{ours}": theirs for ours, theirs in own}
-                numbers[kind] += 1
+        if type(head) not in _NAMINGS:
+            continue
+        kind, naming = _NAMINGS[type(head)]
+        own = naming(head, f"{kind}.{numbers[kind]}")
+        parts |= {f"auxiliary_heads.{i}.{ours}": theirs for ours, theirs in own}
+        numbers[kind] += 1
     return parts
 
 
-def _faster_rcnn(head: FasterRCNNHead, number: int) -> Iterator[tuple[str, str]]:
+def _faster_rcnn(head: FasterRCNNHead, roi_head: str) -> Iterator[tuple[str, str]]:
     yield "rpn.head.conv", "rpn_head.rpn_conv"
     yield "rpn.head.objectness_logits", "rpn_head.rpn_cls"
     yield "rpn.head.anchor_deltas", "rpn_head.rpn_reg"
-    theirs = f"roi_head.{number}.bbox_head"
+    theirs = f"{roi_head}.bbox_head"
     for i in range(len(head.box_head.conv_norm_relus)):
         conv = f"{theirs}.shared_convs.{i}"
         yield f"box_head.conv{i + 1}.weight", f"{conv}.conv.weight"
@@ -148,8 +151,16 @@ def _faster_rcnn(head: FasterRCNNHead, number: int) -> Iterator[tuple[str, str]]
     yield "boxes", f"{theirs}.fc_reg"
 
 
-def _atss(head: ATSSHead, number: int) -> Iterator[tuple[str, str]]:
-    theirs = f"bbox_head.{number}"
+def _mask_rcnn(head: MaskRCNNHead, roi_head: str) -> Iterator[tuple[str, str]]:
+    yield from _faster_rcnn(head, roi_head)
+    theirs = f"{roi_head}.mask_head"
+    for i in range(len(head.mask_head.conv_norm_relus)):
+        yield f"mask_head.mask_fcn{i + 1}", f"{theirs}.convs.{i}.conv"
+    yield "mask_head.deconv", f"{theirs}.upsample"
+    yield "mask_head.predictor", f"{theirs}.conv_logits"
+
+
+def _atss(head: ATSSHead, theirs: str) -> Iterator[tuple[str, str]]:
     for ours, convs in (("class_tower", "cls_convs"), ("box_tower", "reg_convs")):
         layers = [i for i, each in enumerate(getattr(head, ours)) if isinstance(each, nn.Conv2d)]
         for k, i in enumerate(layers):
@@ -160,3 +171,11 @@ def _atss(head: ATSSHead, number: int) -> Iterator[tuple[str, str]]:
     yield "centerness", f"{theirs}.atss_centerness"
     for level in range(len(head.strides)):
         yield f"scales.scales.{level}", f"{theirs}.scales.{level}.scale"
+
+
+# the official code has two lists of heads, each numbered on its own
+_NAMINGS = {
+    FasterRCNNHead: ("roi_head", _faster_rcnn),
+    MaskRCNNHead: ("roi_head", _mask_rcnn),
+    ATSSHead: ("bbox_head", _atss),
+}
