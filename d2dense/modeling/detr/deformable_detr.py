@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from d2dense.errors import UserError
 
-from . import parts
+from . import inputs, parts
 from .criterion import DETRCriterion, mean_over_processes
 from .decoder import DeformableDecoder
 from .denoising import ContrastiveDenoising
@@ -237,20 +237,18 @@ class DeformableDETR(nn.Module):
         """Return the normalised images, filled up to one size.
 
         Raises:
-            UserError: an image is larger than that.
+            UserError: there is no image, one has other channels or is larger than that size.
         """
         images = [each["image"].to(self.device, non_blocking=True) for each in batched_inputs]
         constraints = dict(self.backbone.padding_constraints)
         if self.square:
             constraints["square_size"] = self.square
-            largest = max(side for each in images for side in each.shape[1:])
-            if largest > self.square:
-                raise UserError(
-                    f"an image has a side of {int(largest)} pixels, batches one of {self.square} "
-                    "(MODEL.DETR.SQUARE / model.square); resize to less (INPUT.MAX_SIZE_TEST / "
-                    "max_size of dataloader.test.mapper.augmentations, at several sizes "
-                    "TEST.AUG.MAX_SIZE / train.test_aug.max_size) or set it to 0"
-                )
+        square = constraints.get("square_size", 0)
+        if torch.jit.is_tracing():
+            images = [inputs.within(each, square) for each in images] if square else images
+        else:
+            inputs.check_channels(images, len(self.pixel_mean))
+            inputs.check_sides(images, square)
         if self.pad_value is None:
             images = [(each - self.pixel_mean) / self.pixel_std for each in images]
         batch = ImageList.from_tensors(
