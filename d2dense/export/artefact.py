@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from d2dense.errors import UserError
 
+from .protocol import with_protocol
+
 __all__ = ["ExportedDetector", "evaluate_exported", "load", "metadata_path"]
 
 
@@ -113,6 +115,8 @@ def evaluate_exported(
 ) -> dict[str, dict[str, dict[str, float]]]:
     """Evaluate an exported model on the test sets of a config.
 
+    A segmenter goes over each image as the config says: in windows, at several scales.
+
     Args:
         path: ``model.ts``; the ``.json`` file must lie beside it.
         cfg: the config it was exported from; its model part is not used.
@@ -125,7 +129,7 @@ def evaluate_exported(
     from d2dense.evaluation import evaluate
 
     run = experiment(cfg, device=device, training=False)
-    model = load(path, device=device)
+    model = with_protocol(load(path, device=device), run.cfg, device=device)
     names = run.test_names
     if not names:
         raise UserError("the config names no test set; set DATASETS.TEST / dataloader.test")

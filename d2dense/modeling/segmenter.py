@@ -22,7 +22,7 @@ from d2dense.errors import UserError
 
 from .semantic_inference import SemanticInference
 
-__all__ = ["Segmenter"]
+__all__ = ["Segmenter", "inference_of"]
 
 
 @META_ARCH_REGISTRY.register()
@@ -65,23 +65,9 @@ class Segmenter(SemanticSegmentor):
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
-        test = cfg.TEST.SEM_SEG
         return {
             **super().from_config(cfg),
-            "inference": SemanticInference(
-                window=list(test.WINDOW) or None,
-                stride=list(test.STRIDE) or None,
-                max_windows=test.MAX_WINDOWS,
-                multi_scale=test.MULTI_SCALE,
-                ratios=test.RATIOS,
-                flip=test.FLIP,
-                average=test.AVERAGE,
-                keep_odd=test.KEEP_ODD,
-                align_corners=test.ALIGN_CORNERS,
-                pad_to=list(test.PAD_TO) or None,
-                pad_step=test.PAD_STEP,
-                pad_value=test.PAD_VALUE,
-            ),
+            "inference": inference_of(cfg),
             "pad_to": list(cfg.MODEL.SEM_SEG_HEAD.PAD_TO) or None,
         }
 
@@ -161,6 +147,25 @@ class Segmenter(SemanticSegmentor):
         batch = self._batch(list(images), 0.0)
         scores, _ = self.sem_seg_head(self.backbone(batch), None)
         return scores[:, :, : images.shape[2], : images.shape[3]]
+
+
+def inference_of(cfg: CfgNode) -> SemanticInference:
+    """Return how ``TEST.SEM_SEG`` says that evaluation goes over an image."""
+    test = cfg.TEST.SEM_SEG
+    return SemanticInference(
+        window=list(test.WINDOW) or None,
+        stride=list(test.STRIDE) or None,
+        max_windows=test.MAX_WINDOWS,
+        multi_scale=test.MULTI_SCALE,
+        ratios=test.RATIOS,
+        flip=test.FLIP,
+        average=test.AVERAGE,
+        keep_odd=test.KEEP_ODD,
+        align_corners=test.ALIGN_CORNERS,
+        pad_to=list(test.PAD_TO) or None,
+        pad_step=test.PAD_STEP,
+        pad_value=test.PAD_VALUE,
+    )
 
 
 def _size(key: str, value: Sequence[int] | None) -> list[int]:

@@ -1,0 +1,74 @@
+"""Untrained models whose outputs differ from place to place, as those of trained ones do.
+
+With fresh weights a detector finds nothing, or everything with one score; a comparison of such
+outputs says little.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .adapters import adapt
+
+__all__ = ["spread_outputs"]
+
+# Standard deviation of what a model's last layers give, by the ends of their names: logits, and
+# deltas of boxes, which stay moderate.
+_SPREADS = {
+    re.compile(r"(cls_score|objectness_logits|classes(\.\d+)?|classifier|predictor|linear)$"): 2.0,
+    re.compile(r"(bbox_pred|anchor_deltas|boxes(\.\d+)?\.layers\.\d+)$"): 0.2,
+}
+
+
+@torch.no_grad()
+def spread_outputs(model: nn.Module, image: Tensor) -> nn.Module:
+    """Scale the weights of the last layers, in place, so that their outputs for ``image`` have the
+    spread of a trained model's; weights that are all zero become random ones.
+
+    Args:
+        model: in evaluation mode, of a kind that can be exported.
+        image: ``(C, H, W)`` in [0, 255].
+
+    Returns:
+        ``model``.
+    """
+    handles = [
+        layer.register_forward_hook(_Rescale(spread))
+        for name, layer in model.named_modules()
+        for pattern, spread in _SPREADS.items()
+        if isinstance(layer, (nn.Linear, nn.Conv2d)) and pattern.search(name)
+    ]
+    try:
+        adapt(model)(image)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return model
+
+
+class _Rescale:
+    """A hook that acts in its layer's first call, so that later layers see what they will get."""
+
+    def __init__(self, spread: float):
+        self.spread = spread
+        self.done = False
+
+    def __call__(self, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Any:
+        if self.done or not output.numel():
+            return None
+        self.done = True
+        weight = layer.get_parameter("weight")
+        if not weight.any():
+            weight.normal_(std=0.01)
+            output = layer.forward(*inputs)
+        # the bias moves all places alike, channel by channel
+        dim = 1 if output.dim() == 4 else -1
+        channels = output.movedim(dim, 0).flatten(1)
+        found = (channels - channels.mean(1, keepdim=True)).std()
+        if found > 0:
+            weight.mul_(self.spread / found)
+        return layer.forward(*inputs)
