@@ -1,4 +1,4 @@
-"""Analyses of trained detectors and of backbones, on any config and any detection data set.
+"""Analyses of trained models and of backbones, on any config and any data set that fits.
 
 | module | answers |
 |---|---|
@@ -11,8 +11,10 @@
 | ``instability`` | how often queries change their objects from checkpoint to checkpoint |
 | ``head_distance`` | how differently the heads of a detector look at the same features |
 | ``query_distance`` | how far queries are from what auxiliary heads assign to their objects |
+| ``label_maps`` | what segmenters predict, side by side |
+| ``kernels`` | how alike the class kernels of a model are |
 
-The measures are those of the CEDNet paper (arXiv 2302.06052, appendix B and section 3), and from
-``discriminability`` on those of the Co-DETR paper (arXiv 2211.12860). Both leave several choices
-open; each module says what was chosen.
+The measures are those of the CEDNet paper (arXiv 2302.06052, appendix B and section 3), from
+``discriminability`` on those of the Co-DETR paper (arXiv 2211.12860), and the last two are for HFGD.
+The papers leave several choices open; each module says what was chosen.
 """
