@@ -15,6 +15,6 @@
 | ``kernels`` | how alike the class kernels of a model are |
 
 The measures are those of the CEDNet paper (arXiv 2302.06052, appendix B and section 3), from
-``discriminability`` on those of the Co-DETR paper (arXiv 2211.12860), and the last two are for HFGD.
-The papers leave several choices open; each module says what was chosen.
+``discriminability`` on those of the Co-DETR paper (arXiv 2211.12860), and the last two are for the
+HFGD paper. Several choices are left open there; each module says what was chosen.
 """
