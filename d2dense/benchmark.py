@@ -124,10 +124,14 @@ def macs_of(call: Callable[[], Any]) -> int:
     return counter.get_total_flops() // 2
 
 
-def peak_memory(call: Callable[[], Any]) -> int:
+def peak_memory(call: Callable[[], Any], *, forked: bool = True) -> int:
     """Return the bytes that ``call`` needs on top of what is in use before it.
 
-    On CUDA from the allocator; on the CPU (Linux) from a forked child's largest resident size.
+    On CUDA from the allocator; on the CPU (Linux) from a process's largest resident size.
+
+    Args:
+        forked: on the CPU, call it in a forked process, which leaves this one as it is and computes
+            on one thread; else here, with all threads.
     """
     if torch.cuda.is_available():
         torch.cuda.synchronize()
@@ -136,16 +140,15 @@ def peak_memory(call: Callable[[], Any]) -> int:
         call()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
+    if not forked:
+        return _resident_peak(call)
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
         try:
             # the thread pool does not survive a fork, so the child computes on one thread
             torch.set_num_threads(1)
-            restart_process_peak()
-            before = process_memory("VmRSS")
-            call()
-            os.write(write, str(process_memory("VmHWM") - before).encode())
+            os.write(write, str(_resident_peak(call)).encode())
         except BaseException:
             traceback.print_exc()  # it must not return into the parent's program
         finally:
@@ -157,6 +160,13 @@ def peak_memory(call: Callable[[], Any]) -> int:
     if not text:
         raise RuntimeError("the measured call failed in the child process")
     return int(text)
+
+
+def _resident_peak(call: Callable[[], Any]) -> int:
+    restart_process_peak()
+    before = process_memory("VmRSS")
+    call()
+    return process_memory("VmHWM") - before
 
 
 def restart_process_peak() -> None:
@@ -206,17 +216,20 @@ def write_report(
     command: str,
     rows: list[dict[str, Any]] | dict[str, list[dict[str, Any]]],
     notes: list[str],
+    **more: Any,
 ) -> str:
     """Write ``path``.json and ``path``.md (machine, command, tables, notes) and return the
     Markdown.
 
     Args:
         rows: of one table, or of several by their headings.
+        **more: what only the json gets.
     """
     about = machine()
     path.parent.mkdir(parents=True, exist_ok=True)
     report = {"title": title, "command": command, "machine": about, "rows": rows, "notes": notes}
-    path.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
+    report |= more
+    _replace(path.with_suffix(".json"), json.dumps(report, indent=1) + "\n")
     where = ", ".join(f"{key} {value}" for key, value in about.items())
     tables = []
     for heading, lines in rows.items() if isinstance(rows, dict) else [("", rows)]:
@@ -225,5 +238,12 @@ def write_report(
     text = "\n\n".join(
         [f"# {title}", f"`{command}`", where, *tables, *(f"- {note}" for note in notes)]
     )
-    path.with_suffix(".md").write_text(text + "\n")
+    _replace(path.with_suffix(".md"), text + "\n")
     return text
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file so that there is always a whole one."""
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    unfinished.write_text(text)
+    unfinished.replace(path)
