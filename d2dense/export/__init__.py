@@ -54,7 +54,8 @@ To evaluate a file like the model it came from: :func:`evaluate_exported`.
 from .adapters import Adapter, Output, adapt, register_adapter
 from .artefact import ExportedDetector, evaluate_exported, load
 from .devices import device_constants
-from .pipeline import FORMATS, Exported, export, export_model
+from .formats import FORMATS, Format
+from .pipeline import Exported, export, export_model
 from .support import refusal
 from .torchscript import METHODS, to_torchscript
 from .verification import CheckError, ImageCheck, check_images, verify
@@ -66,6 +67,7 @@ __all__ = [
     "CheckError",
     "Exported",
     "ExportedDetector",
+    "Format",
     "ImageCheck",
     "Output",
     "adapt",

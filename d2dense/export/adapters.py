@@ -17,12 +17,13 @@ from detectron2.structures import Boxes, ImageList
 from torch import Tensor, nn
 
 from d2dense.errors import UserError
+from d2dense.layers import fold_for_inference
 from d2dense.modeling.classification import ImageClassifier
 from d2dense.modeling.detr import DeformableDETR
 
 from .devices import ANCHOR
 
-__all__ = ["Adapter", "Output", "adapt", "register_adapter"]
+__all__ = ["Adapter", "Output", "adapt", "frozen_adapter", "register_adapter"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,3 +223,16 @@ def adapt(model: nn.Module) -> Adapter:
         f"{type(model).__name__} cannot be exported: expected a {known}, or a class registered "
         "with d2dense.export.register_adapter"
     )
+
+
+def frozen_adapter(model: nn.Module) -> Adapter:
+    """Return a copy of ``model`` behind its adapter, in evaluation mode, without gradients and
+    without what only training needs.
+
+    Raises:
+        UserError: no adapter fits.
+    """
+    adapter = adapt(fold_for_inference(copy.deepcopy(model))).eval()
+    for parameter in adapter.parameters():
+        parameter.requires_grad_(False)
+    return adapter

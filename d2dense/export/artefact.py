@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from d2dense.errors import UserError
 
+from .formats import FORMATS
 from .protocol import with_protocol
 
 __all__ = ["ExportedDetector", "evaluate_exported", "load", "metadata_path"]
@@ -29,8 +31,11 @@ def metadata_path(path: str | Path) -> Path:
 def load(path: str | Path, *, device: str | torch.device = "cpu") -> ExportedDetector:
     """Open an exported model; the ``.json`` file must lie beside it.
 
+    A ``.pt2`` file is rewritten for another device than the CPU, an ``.onnx`` file needs an
+    onnxruntime that knows the device; results of the latter are on the CPU always.
+
     Raises:
-        UserError: either file is missing or damaged.
+        UserError: either file is missing or damaged, or a package for its format is missing.
     """
     path = Path(path)
     try:
@@ -46,12 +51,20 @@ def load(path: str | Path, *, device: str | torch.device = "cpu") -> ExportedDet
         raise UserError(f"{metadata_path(path)} does not describe an exported model; export again")
     if not path.is_file():
         raise UserError(f"exported model {path} does not exist")
+    known = FORMATS.get(metadata.get("format", "torchscript"))
+    if known is None:
+        raise UserError(
+            f"{metadata_path(path)} has the format {metadata['format']!r}, expected one of "
+            f"{', '.join(FORMATS)}; export again with this version"
+        )
     try:
-        module = torch.jit.load(str(path), map_location=device)
-    except RuntimeError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{path} is not a TorchScript file: {reason}") from error
-    return ExportedDetector(module, metadata)
+        run = known.open(path, device)
+    except UserError:
+        raise
+    except Exception as error:  # of damaged files, each reader raises its own kinds
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{path} is not a {known.title} file: {reason}") from error
+    return ExportedDetector(run, metadata)
 
 
 class ExportedDetector(nn.Module):
@@ -61,7 +74,7 @@ class ExportedDetector(nn.Module):
         metadata: the content of the ``.json`` file, see :mod:`d2dense.export`.
     """
 
-    def __init__(self, module: torch.jit.ScriptModule, metadata: dict[str, Any]):
+    def __init__(self, module: Callable[[Tensor], Sequence[Tensor]], metadata: dict[str, Any]):
         super().__init__()
         self.module = module
         self.metadata = metadata
@@ -75,6 +88,9 @@ class ExportedDetector(nn.Module):
     def run(self, image: Tensor) -> dict[str, Tensor]:
         """Return the outputs for one image ``(C, H, W)`` by name, in pixels of this image."""
         names = (output["name"] for output in self.metadata["outputs"])
+        taken = self.metadata.get("input", {}).get("dtypes", ())
+        if taken and str(image.dtype).removeprefix("torch.") not in taken:
+            image = image.to(torch.float32)
         return dict(zip(names, self.module(image)))
 
     def forward(self, batched_inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ import logging
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,14 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from d2dense import __version__
-from d2dense.errors import UserError, nearest
+from d2dense.errors import UserError
 
 from .adapters import Adapter, adapt
 from .artefact import metadata_path
-from .torchscript import quiet, to_torchscript
+from .exported_program import largest_side
+from .formats import FORMATS, Format, check_format
+from .support import check_supported
+from .torchscript import quiet
 from .verification import ImageCheck, check_images, verify
 
 __all__ = ["FORMATS", "Exported", "export", "export_model"]
@@ -47,17 +50,6 @@ class Exported:
     @property
     def max_error(self) -> float:
         return max(check.error for check in self.checks)
-
-
-def _save_torchscript(model: nn.Module, image: Tensor, path: Path, *, method: str) -> None:
-    torch.jit.save(to_torchscript(model, image, method=method), str(path))
-
-
-# Format to (file name, function that writes it); further formats are further modules.
-FORMATS: dict[str, tuple[str, Callable[..., None]]] = {
-    "torchscript": ("model.ts", _save_torchscript),
-}
-_PLANNED = ("torch_export", "onnx")
 
 
 def export(
@@ -116,7 +108,7 @@ def export_model(
     channels: str = "BGR",
     resize: dict[str, Any] | None = None,
 ) -> Exported:
-    """Write ``model.ts`` and ``model.json`` into a folder, after a check in a fresh process.
+    """Write a file and ``model.json`` into a folder, after a check in a fresh process.
 
     The check compares the file with the model on two other image sizes and on an empty image; the
     model itself is not changed.
@@ -131,7 +123,8 @@ def export_model(
         CheckError: the file does not compute what the model does; it is removed.
     """
     check_format(format)
-    file_name, save = FORMATS[format]
+    check_supported(model, format, method)
+    file_name = FORMATS[format].file_name
     folder = Path(output_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -142,7 +135,7 @@ def export_model(
     adapter = adapt(copy.deepcopy(model)).eval()
     try:
         with quiet():
-            save(adapter.model, image, unchecked, method=method)
+            FORMATS[format].save(adapter.model, image, unchecked, method=method)
             checks = verify(unchecked, adapter, check_images(image), tolerance=tolerance)
         os.replace(unchecked, path)
     finally:
@@ -154,9 +147,10 @@ def export_model(
         )
     about = {
         "format": format,
-        "method": method,
+        **FORMATS[format].details,
+        "method": method if format == "torchscript" else None,
         "file": file_name,
-        **_describe(adapter, image, classes, channels, resize),
+        **_describe(adapter, image, FORMATS[format], classes, channels, resize),
         "check": {
             "tolerance": tolerance,
             "max_error": max(check.error for check in checks),
@@ -167,19 +161,10 @@ def export_model(
     return Exported(path=path, metadata_path=metadata_path(path), task=adapter.task, checks=checks)
 
 
-def check_format(format: str) -> None:
-    """Raise a ``UserError`` for a format that cannot be written."""
-    if format in FORMATS:
-        return
-    known = ", ".join(FORMATS)
-    if format in _PLANNED:
-        raise UserError(f"format {format!r} is not available yet; use --format {known}")
-    raise UserError(f"format {format!r}, expected one of {known}{nearest(format, FORMATS)}")
-
-
 def _describe(
     adapter: Adapter,
     image: Tensor,
+    format: Format,
     classes: Sequence[str] | None,
     channels: str,
     resize: dict[str, Any] | None,
@@ -189,7 +174,8 @@ def _describe(
         "input": {
             "name": "image",
             "shape": [image.shape[0], "H", "W"],
-            "dtypes": ["uint8", "float32"],
+            "sides": [format.least_side, largest_side(adapter.model)],
+            "dtypes": list(format.dtypes),
             "range": [0, 255],
             "channels": channels,
             "resize": resize,

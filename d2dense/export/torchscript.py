@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import warnings
 from collections.abc import Callable, Iterator
@@ -18,9 +17,9 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import Tensor, nn
 
 from d2dense.errors import UserError
-from d2dense.layers import SyncBatchNorm, fold_for_inference
+from d2dense.layers import SyncBatchNorm
 
-from .adapters import Adapter, adapt
+from .adapters import Adapter, frozen_adapter
 from .devices import device_constants, unbind_devices
 from .support import check_supported
 
@@ -48,9 +47,7 @@ def to_torchscript(
     if method not in METHODS:
         raise UserError(f"method {method!r}, expected one of {', '.join(METHODS)}")
     check_supported(model, "torchscript", method)
-    adapter = adapt(fold_for_inference(copy.deepcopy(model))).eval()
-    for parameter in adapter.parameters():
-        parameter.requires_grad_(False)
+    adapter = frozen_adapter(model)
     with torch.no_grad(), quiet():
         module = METHODS[method](adapter, image)
     left = device_constants(module)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -68,7 +69,7 @@ def verify(
     """Run the file in a fresh process without our packages and compare it with eager code.
 
     Args:
-        path: TorchScript file.
+        path: of any format.
         adapter: the model that was exported, on the CPU, in evaluation mode.
         images: ``(C, h, w)`` each.
         tolerance: largest allowed error, see :class:`ImageCheck`.
@@ -93,10 +94,10 @@ def verify(
     return checks
 
 
-def _run_fresh(path: Path, images: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
+def _run_fresh(path: Path, images: Sequence[Tensor]) -> list[list[Tensor]]:
     with tempfile.TemporaryDirectory(prefix="d2dense_export_") as folder:
-        inputs, outputs = Path(folder, "images.pt"), Path(folder, "results.pt")
-        torch.save(list(images), inputs)
+        inputs, outputs = Path(folder, "images.npz"), Path(folder, "results.npz")
+        np.savez(inputs, **{str(k): image.numpy() for k, image in enumerate(images)})
         # -I: neither the working folder nor PYTHONPATH; as many threads as here, for equal sums
         command = [sys.executable, "-I", _SCRIPT, path.resolve(), inputs, outputs]
         done = subprocess.run(
@@ -109,7 +110,11 @@ def _run_fresh(path: Path, images: Sequence[Tensor]) -> list[tuple[Tensor, ...]]
             lines = [line for line in done.stderr.splitlines() if line.strip()]
             reason = lines[-1].strip() if lines else f"exit code {done.returncode}"
             raise CheckError(f"the file does not run in a fresh process: {reason}")
-        return torch.load(outputs, weights_only=True)
+        results: list[list[Tensor]] = [[] for _ in images]
+        with np.load(outputs) as found:
+            for name in found.files:  # image.output, in order
+                results[int(name.partition(".")[0])].append(torch.from_numpy(found[name]))
+        return results
 
 
 def _compare(

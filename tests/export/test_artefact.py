@@ -7,7 +7,7 @@ import torch
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 
 from d2dense.errors import UserError
-from d2dense.export import CheckError, ExportedDetector, export_model, load, verification
+from d2dense.export import CheckError, ExportedDetector, export_model, formats, load, verification
 from d2dense.export import pipeline as pipeline_module
 from tests.export.exportable import NUM_CLASSES, picture, run_here, tiny_model
 
@@ -105,8 +105,8 @@ def test_a_wrong_file_is_removed(tmp_path, monkeypatch):
         other = tiny_model(seed=1)
         return original(other, image, method=method)
 
-    original = pipeline_module.to_torchscript
-    monkeypatch.setattr(pipeline_module, "to_torchscript", wrong)
+    original = formats.to_torchscript
+    monkeypatch.setattr(formats, "to_torchscript", wrong)
     model = tiny_model().train()
     with pytest.raises(CheckError):
         exported(model, tmp_path)

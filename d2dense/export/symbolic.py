@@ -1,0 +1,208 @@
+"""Detectron2's inference for images of any size, as ``torch.export`` can record it.
+
+Detectron2 decides by the sizes of the moment (is any box invalid, are there boxes on this level,
+how many candidates are there), which a recorded graph cannot. :func:`symbolic_sizes` replaces those
+few functions by ones that compute the same for all sizes, zero included.
+
+Letters: R boxes, K classes, Hi and Wi size of level i, A anchors per position, S pooled side.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from unittest import mock
+
+import torch
+import torch.fx.experimental._config
+import torch.nn.functional as F
+import torchvision.ops.boxes
+from detectron2.modeling.poolers import ROIPooler, assign_boxes_to_levels
+from detectron2.structures import Boxes, ImageList, Instances
+from torch import Tensor
+from torch._library.fake_impl import FakeImplCtx
+from torchvision.ops import nms
+
+from d2dense.layers import missing
+
+__all__ = ["symbolic_sizes"]
+
+Size = tuple[int, int]
+
+_RPN = "detectron2.modeling.proposal_generator"
+_BOXES = "detectron2.modeling.roi_heads.fast_rcnn"
+
+
+@contextmanager
+def symbolic_sizes() -> Iterator[None]:
+    """Let Detectron2's models in evaluation be recorded with symbolic sizes, one image a time."""
+    with ExitStack() as stack:
+        stack.enter_context(torch.fx.experimental._config.patch(backed_size_oblivious=True))
+        for target, attribute, replacement in (
+            (ImageList, "from_tensors", staticmethod(_one_image)),
+            (Boxes, "__init__", _set_boxes),
+            (Boxes, "clip", _clip),
+            (ROIPooler, "forward", _pool),
+            (torchvision.ops.boxes, "batched_nms", _nms_by_offset),
+            # of how many boxes torchvision says that non-maximum suppression keeps at least two
+            (FakeImplCtx, "create_unbacked_symint", FakeImplCtx.new_dynamic_size),
+        ):
+            stack.enter_context(mock.patch.object(target, attribute, replacement))
+        for name, replacement in (
+            ("detectron2.modeling.anchor_generator._create_grid_offsets", _grid_offsets),
+            (f"{_RPN}.rpn.find_top_rpn_proposals", _find_proposals),
+            (f"{_BOXES}.fast_rcnn_inference_single_image", _detections),
+            ("d2dense.modeling.batched_cascade.pool_lists", _pool_lists),
+        ):
+            stack.enter_context(mock.patch(name, replacement))
+        # builtins that turn a symbolic size into a number
+        for name, replacement in (
+            ("detectron2.modeling.meta_arch.dense_detector.min", torch.sym_min),
+            ("d2dense.modeling.detr.deformable_detr.max", _largest),
+            ("torch._meta_registrations.div_rtn", operator.floordiv),
+            ("detectron2.structures.instances.len", _length),
+            ("detectron2.modeling.roi_heads.mask_head.len", _length),
+            ("detectron2.modeling.roi_heads.fast_rcnn.len", _length),
+            ("detectron2.modeling.roi_heads.cascade_rcnn.len", _length),
+        ):
+            stack.enter_context(mock.patch(name, replacement, create=True))
+        yield
+
+
+def _length(x) -> int:
+    return x.__len__()
+
+
+def _largest(sides: Iterable[int]) -> int:
+    return functools.reduce(torch.sym_max, sides)
+
+
+def _one_image(
+    tensors: Sequence[Tensor],
+    size_divisibility: int = 0,
+    pad_value: float = 0.0,
+    padding_constraints: dict[str, int] | None = None,
+) -> ImageList:
+    (image,) = tensors
+    constraints = padding_constraints or {}
+    divisor = max(1, constraints.get("size_divisibility", size_divisibility))
+    square = constraints.get("square_size", 0)
+    height, width = image.shape[-2:]
+    bottom, right = (
+        (square or side) + missing(square or side, divisor) - side for side in (height, width)
+    )
+    padded = F.pad(image, (0, right, 0, bottom), value=pad_value)
+    return ImageList(padded[None], [(height, width)])
+
+
+def _grid_offsets(
+    size: Size, stride: int, offset: float, target_device_tensor: Tensor
+) -> tuple[Tensor, Tensor]:
+    y, x = (
+        (torch.arange(side, device=target_device_tensor.device) + offset) * stride for side in size
+    )
+    y, x = torch.meshgrid(y, x, indexing="ij")
+    return x.flatten().to(torch.float32), y.flatten().to(torch.float32)
+
+
+def _set_boxes(self: Boxes, tensor: Tensor) -> None:
+    self.tensor = tensor.to(torch.float32)
+
+
+def _clip(self: Boxes, size: Size) -> None:
+    height, width = size
+    x, y = self.tensor[:, 0::2].clamp(0, width), self.tensor[:, 1::2].clamp(0, height)
+    self.tensor = torch.stack((x, y), dim=-1).flatten(1)
+
+
+def _finite(boxes: Tensor, scores: Tensor) -> Tensor:
+    return torch.isfinite(boxes).all(dim=1) & torch.isfinite(scores)
+
+
+def _nms_by_offset(boxes: Tensor, scores: Tensor, groups: Tensor, iou_threshold: float) -> Tensor:
+    """torchvision's ``batched_nms`` as it does few boxes; for many it goes group by group, which
+    differs by rounding only.
+    """
+    # the greatest coordinate, and something where there are no boxes
+    far = torch.cat([boxes.flatten(), boxes.new_zeros(1)]).max() + 1
+    return nms(boxes + (groups.to(boxes) * far)[:, None], scores, iou_threshold)
+
+
+def _find_proposals(
+    proposals: list[Tensor],
+    logits: list[Tensor],
+    image_sizes: list[Size],
+    nms_thresh: float,
+    pre_nms_topk: int,
+    post_nms_topk: int,
+    min_box_size: float,
+    training: bool,
+) -> list[Instances]:
+    """Detectron2's ``find_top_rpn_proposals`` of one image."""
+    assert not training
+    boxes, scores = [], []
+    for of_level, logits_of_level in zip(proposals, logits):
+        best, index = logits_of_level[0].topk(torch.sym_min(logits_of_level.shape[1], pre_nms_topk))
+        boxes.append(of_level[0][index])
+        scores.append(best)
+    levels = torch.cat([torch.full_like(s, k, dtype=torch.int64) for k, s in enumerate(scores)])
+    boxes, scores = Boxes(torch.cat(boxes)), torch.cat(scores)
+    finite = _finite(boxes.tensor, scores)
+    boxes.clip(image_sizes[0])
+    there = (finite & boxes.nonempty(threshold=min_box_size)).nonzero()[:, 0]
+    found, scores, levels = boxes.tensor[there], scores[there], levels[there]
+    keep = _nms_by_offset(found.float(), scores, levels, nms_thresh)[:post_nms_topk]
+    result = Instances(image_sizes[0])
+    result.proposal_boxes, result.objectness_logits = Boxes(found[keep]), scores[keep]
+    return [result]
+
+
+def _detections(
+    boxes: Tensor,
+    scores: Tensor,
+    image_shape: Size,
+    score_thresh: float,
+    nms_thresh: float,
+    topk_per_image: int,
+) -> tuple[Instances, Tensor]:
+    """Detectron2's ``fast_rcnn_inference_single_image``; boxes ``(R, 4)`` or ``(R, K * 4)``, scores
+    ``(R, K + 1)``.
+    """
+    finite = torch.isfinite(boxes).all(dim=1) & torch.isfinite(scores).all(dim=1)
+    scores = scores[:, :-1]
+    kinds = boxes.shape[1] // 4
+    boxes = Boxes(boxes.reshape(-1, 4))
+    boxes.clip(image_shape)
+    boxes = boxes.tensor.view(-1, kinds, 4)
+    region, classes = ((scores > score_thresh) & finite[:, None]).nonzero().unbind(dim=1)
+    boxes = boxes[region, classes if kinds > 1 else 0]
+    scores = scores[region, classes]
+    keep = _nms_by_offset(boxes.float(), scores, classes, nms_thresh)
+    if topk_per_image >= 0:
+        keep = keep[:topk_per_image]
+    found = Instances(image_shape)
+    found.pred_boxes, found.scores = Boxes(boxes[keep]), scores[keep]
+    found.pred_classes = classes[keep]
+    return found, region[keep]
+
+
+def _pool_lists(pooler: ROIPooler, levels: list[Tensor], boxes: list[Tensor]) -> Tensor:
+    return pooler(levels, [Boxes(each) for each in boxes])
+
+
+def _pool(self: ROIPooler, levels: list[Tensor], boxes: list[Boxes]) -> Tensor:
+    """Detectron2's ``ROIPooler.forward`` of one image, ``(R, C, S, S)``."""
+    (found,) = boxes
+    rois = F.pad(found.tensor, (1, 0))  # the number of the image, 0
+    if len(self.level_poolers) == 1:
+        return self.level_poolers[0](levels[0], rois)
+    assigned = assign_boxes_to_levels(
+        boxes, self.min_level, self.max_level, self.canonical_box_size, self.canonical_level
+    )
+    pooled = levels[0].new_zeros(rois.shape[0], levels[0].shape[1], *self.output_size)
+    for number, (pooler, level) in enumerate(zip(self.level_poolers, levels)):
+        rows = (assigned == number).nonzero()[:, 0]
+        pooled = pooled.index_put((rows,), pooler(level, rois[rows]))
+    return pooled
