@@ -173,8 +173,11 @@ class TimmBackbone(Backbone):
     @property
     def num_layers(self) -> int:
         """Layers of ConvNeXt's rule for layer-wise decay: one for each of stages 1 and 2, one for
-        every three blocks of stage 3, and one for stage 4; the stem is layer 0.
+        every three blocks of stage 3, and one for stage 4; the stem is layer 0. Models of other
+        than four stages have no such layers: 0, and :meth:`layer_id` says why.
         """
+        if len(self._stages) != 4:
+            return 0  # tracing reads every property of a model
         return 3 + math.ceil(self._numbered_stages()[2] / _BLOCKS_PER_LAYER)
 
     def layer_id(self, name: str) -> int | None:
