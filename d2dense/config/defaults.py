@@ -30,7 +30,12 @@ def add_d2dense_config(cfg: CN) -> None:
     _add_data_keys(cfg)
     _add_solver_keys(cfg)
     _add_run_keys(cfg)
-    _add_model_keys(cfg)
+    _add_detector_keys(cfg)
+    _add_semantic_keys(cfg)
+    _add_timm_keys(cfg)
+    _add_transformer_keys(cfg)
+    _add_detr_keys(cfg)
+    _add_detr_loss_keys(cfg)
 
 
 def _add_data_keys(cfg: CN) -> None:
@@ -192,7 +197,7 @@ def _add_run_keys(cfg: CN) -> None:
     cfg.TEST.SEM_SEG.SUBMISSION = False
 
 
-def _add_model_keys(cfg: CN) -> None:
+def _add_detector_keys(cfg: CN) -> None:
     # META_ARCHITECTURE "BatchRetinaNet" (modeling/retinanet.py): losses are divided by the
     # "positives" of the batch, or by their "running_average" as in Detectron2.
     cfg.MODEL.RETINANET.LOSS_NORMALIZER = "positives"
@@ -207,6 +212,9 @@ def _add_model_keys(cfg: CN) -> None:
     cfg.MODEL.ROI_BOX_CASCADE_HEAD.SCORE_AVERAGE = "probabilities"
     # and whether each stage has a mask head of its own.
     cfg.MODEL.ROI_MASK_HEAD.PER_STAGE = False
+
+
+def _add_semantic_keys(cfg: CN) -> None:
     # META_ARCHITECTURE "Segmenter" (modeling/segmenter.py): (height, width) that training images
     # are at least filled up to; () for no such size.
     cfg.MODEL.SEM_SEG_HEAD.PAD_TO = ()
@@ -231,6 +239,9 @@ def _add_model_keys(cfg: CN) -> None:
     cfg.MODEL.SEM_SEG_HEAD.DROPOUT = 0.1
     # and the map that gets a classifier of its own in training ("" for none).
     cfg.MODEL.SEM_SEG_HEAD.AUXILIARY = CN({"FEATURE": "", "CHANNELS": 256, "LOSS_WEIGHT": 0.4})
+
+
+def _add_timm_keys(cfg: CN) -> None:
     # BACKBONE.NAME "TimmBackbone" or a pyramid around it, "build_timm_fpn_backbone" and
     # "build_retinanet_timm_<fpn|bifpn|nas_fpn|hrfpn>_backbone" (modeling/timm_pyramids.py): to what
     # multiple batches are filled up (0: the coarsest stride below it), and how often BiFPN or
@@ -263,6 +274,9 @@ def _add_model_keys(cfg: CN) -> None:
     # BACKBONE.NAME "LateStrideResNet" (modeling/late_stride_resnet.py), a ResNet that MODEL.TIMM
     # describes: stride of its last stages (32, 16 or 8), and dilations of the last one's blocks.
     cfg.MODEL.LATE_STRIDE = CN({"OUTPUT_STRIDE": 32, "MULTI_GRID": (1, 2, 4)})
+
+
+def _add_transformer_keys(cfg: CN) -> None:
     # BACKBONE.NAME "Swin" (modeling/swin.py): width of "res2", blocks and heads of the stages, side
     # of the windows,
     cfg.MODEL.SWIN = CN({"EMBED_DIM": 96, "DEPTHS": (2, 2, 6, 2), "HEADS": (3, 6, 12, 24)})
@@ -291,7 +305,6 @@ def _add_model_keys(cfg: CN) -> None:
     # BACKBONE.NAME "ViTPyramid" (modeling/necks/vit_pyramid.py), FPN.OUT_CHANNELS wide: the
     # registered backbone below it, and its levels, some of p2 to p7.
     cfg.MODEL.VIT_PYRAMID = CN({"BODY": "EVA02ViT", "LEVELS": ["p2", "p3", "p4", "p5", "p6"]})
-    _add_detr_keys(cfg)
 
 
 def _add_detr_keys(cfg: CN) -> None:
@@ -344,8 +357,12 @@ def _add_detr_keys(cfg: CN) -> None:
     # images are normalised (None: zeros after it),
     cfg.MODEL.DETR.SQUARE = 0
     cfg.MODEL.DETR.PAD_VALUE = None
-    # "focal", or "quality_focal" towards the IoU, the weights of the losses (those of boxes are the
-    # matching cost's too), the weight of the class in the cost, and the focal loss and cost,
+
+
+def _add_detr_loss_keys(cfg: CN) -> None:
+    # "DeformableDETR" is trained with "focal", or "quality_focal" towards the IoU, the weights of
+    # the losses (those of boxes are the matching cost's too), the weight of the class in the cost,
+    # and the focal loss and cost,
     cfg.MODEL.DETR.CLASS_LOSS = "focal"
     cfg.MODEL.DETR.CLASS_WEIGHT = 2.0
     cfg.MODEL.DETR.CLASS_COST = 2.0

@@ -11,6 +11,17 @@ from d2dense import checkpoint
 EXACT = {"rtol": 0.0, "atol": 0.0}
 
 
+def weights(path):
+    return checkpoint.read(path)["model"]
+
+
+def assert_equal(found, expected):
+    """Equal weights, bit for bit."""
+    assert set(found) == set(expected)
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+
+
 def final(folder):
     return checkpoint.read(folder / "model_final.pth")
 
