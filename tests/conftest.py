@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import random
 from pathlib import Path
@@ -34,6 +35,25 @@ def same_draws_every_time():
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+# What a process of a run imports before it begins.
+IMPORTED = ["d2dense.engine.train_net", "cednet", "codetr", "fscascade", "hfgd"]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def processes_start_in_a_moment():
+    """The processes of a run are forks of a server that has imported everything, which each would
+    do for itself otherwise: more seconds than most of these runs take. Those that a command starts
+    in a test are not: they are started as for a user.
+    """
+    if torch.cuda.is_available():
+        yield  # a fork cannot use CUDA
+        return
+    multiprocessing.set_forkserver_preload(IMPORTED)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("d2dense.engine.launch._START_METHOD", "forkserver")
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -37,6 +37,8 @@ JOIN_TIMEOUT = timedelta(minutes=10)
 # What the processes that are left have, after one died, to end by themselves.
 GRACE_SECONDS = 5.0
 _USER_ERROR_CODE = 2
+# A forked process cannot use CUDA, which this one may have used.
+_START_METHOD = "spawn"
 
 
 class ProcessDied(UserError):
@@ -125,14 +127,15 @@ def _spawn(
     init_method: str,
     join_timeout: timedelta,
 ) -> None:
-    endings = mp.get_context("spawn").SimpleQueue()
+    endings = mp.get_context(_START_METHOD).SimpleQueue()
     # it warns of every process that it ends, which hides the one line that matters
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
-    context = mp.spawn(
+    context = mp.start_processes(
         _worker,
         nprocs=args.num_gpus,
         args=(main, args, world_size, init_method, join_timeout, endings),
         join=False,
+        start_method=_START_METHOD,
     )
     killed = None
     try:
