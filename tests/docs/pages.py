@@ -15,7 +15,6 @@ _FENCE = re.compile(
 )
 _INDENTED = re.compile(r"(?:^|\n)\n((?:    [^\n]*\n|\n(?=    ))+)")
 _FILE = re.compile(r"\*\*`([^`]+)`\*\*\n\n\Z")
-_SHELL = ("bash", "sh", "shell", "console")
 
 
 @dataclass(frozen=True)
@@ -54,9 +53,14 @@ def fenced(text: str) -> list[Block]:
     ]
 
 
+def without_fences(text: str) -> str:
+    """The page with empty lines in place of the blocks between fences."""
+    return _FENCE.sub(lambda match: "\n" * match[0].count("\n"), text)
+
+
 def indented(text: str) -> list[Block]:
     """The blocks that are indented by four spaces, as shell commands."""
-    blank = _FENCE.sub(lambda match: "\n" * match[0].count("\n"), text)
+    blank = without_fences(text)
     return [
         Block(
             kind="bash",

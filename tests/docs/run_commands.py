@@ -8,6 +8,7 @@ fails, with its exit code.
 import json
 import runpy
 import sys
+import time
 from pathlib import Path
 
 
@@ -31,6 +32,8 @@ def run(words):
 if __name__ == "__main__":
     for words in json.loads(Path(sys.argv[1]).read_text()):
         print("$", *words, flush=True)
+        start = time.process_time()
         code = run(words)
+        print(f"({time.process_time() - start:.1f} s of this process)", flush=True)
         if code:
             sys.exit(code)
