@@ -11,7 +11,7 @@ from torch import nn
 from d2dense import config, model_zoo
 from d2dense.costs import count_macs, count_parameters, detection_input
 from d2dense.export import adapt
-from d2dense.modeling.detr import DeformableDETR
+from d2dense.modeling.detr import DeformableDETR, OneToManyQueries
 from tests.projects.codetr import family
 
 HEADS = [(), ("atss",), family.PAIR, ("mask_rcnn", "fcos", "gfl")]
@@ -86,3 +86,25 @@ def test_cost_of_the_papers_models(name, plain):
     assert found[0] == found[1]
     # section 2 of the reference: 47.59 M and 48.04 M, frozen batch norms included
     assert found[0][1] / 1e6 == pytest.approx(48.04 if "dino" in name else 47.59, abs=0.06)
+
+
+@torch.no_grad()
+def test_queries_for_copies_of_objects_are_of_training_only():
+    """Hybrid matching beside auxiliary heads (a combination of our own)."""
+    plain = family.detector("deformable_detr_pp", *family.PAIR, seed=1)
+    model = family.detector(
+        "deformable_detr_pp",
+        *family.PAIR,
+        seed=1,
+        one_to_many=OneToManyQueries(num_queries=30, channels=64, repeats=3),
+    )
+    model.load_state_dict(plain.state_dict(), strict=False)
+    batch = family.batch((2, 1))
+    losses = model(batch)
+    assert {"many_loss_cls", "loss_cls_aux0", "loss_cls0"} <= losses.keys()
+    assert all(loss.isfinite() for loss in losses.values())
+    ours, theirs = (each.eval()(batch)[0]["instances"] for each in (model, plain))
+    assert torch.equal(ours.scores, theirs.scores)
+    bare = model.inference_model()
+    assert bare.state_dict().keys() == plain.inference_model().state_dict().keys()
+    assert bare.one_to_many is None
