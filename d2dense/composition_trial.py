@@ -31,9 +31,9 @@ __all__ = [
     "Source",
     "build",
     "config_of",
+    "faults",
     "lines",
     "try_model",
-    "unexplained",
 ]
 
 KINDS = ("lazy", "yaml")
@@ -191,9 +191,21 @@ def try_model(model: nn.Module, *, semantic: bool) -> Outcome:
     )
 
 
-def unexplained(head: Head, outcome: Outcome) -> list[str]:
-    """Return the parameters without a gradient for which the head gives no reason."""
-    return [name for name in outcome.idle if not any(re.search(each, name) for each in head.idle)]
+def faults(head: Head, outcome: Outcome) -> list[str]:
+    """Return what is wrong with a trial, apart from gradients that the head says there are none of;
+    nothing where the cell works.
+    """
+    found = [
+        f"no gradient for {name}"
+        for name in outcome.idle
+        if not any(re.search(pattern, name) for pattern in head.idle)
+    ]
+    if not outcome.moved:
+        found.append("a step of SGD changed nothing")
+    wanted = [(CLASSES, *size) for size in _SIZES] if head.semantic else None
+    if len(outcome.lengths) != len(_SIZES) or wanted not in (None, outcome.lengths):
+        found.append(f"results {outcome.lengths} for images of {list(_SIZES)}")
+    return found
 
 
 def _require_finite(values: Mapping[str, torch.Tensor]) -> None:

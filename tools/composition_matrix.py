@@ -1,0 +1,38 @@
+"""Build every backbone under every head, small, in both kinds of config; train a step and predict;
+write what works, the config lines, and the cost of the recipes that combine papers.
+
+  tools/composition_matrix.py --output docs/composition
+"""
+
+import sys
+from pathlib import Path
+
+from d2dense import composition_report
+from d2dense.composition_cells import HEADS, SOURCES
+from d2dense.errors import ToolParser, UserError, nearest, run_tool
+
+
+def main(argv=None):
+    parser = ToolParser(description=__doc__.partition("\n\n")[0])
+    parser.add_argument(
+        "--output", type=Path, required=True, help="PATH.md and PATH.json are written"
+    )
+    parser.add_argument(
+        "--heads", nargs="+", default=[], metavar="NAME", help="these only, for a quick look"
+    )
+    args = parser.parse_args(argv)
+    known = {head.name: head for head in HEADS}
+    for name in args.heads:
+        if name not in known:
+            raise UserError(
+                f"there is no head {name!r}{nearest(name, known)}; use {', '.join(known)}"
+            )
+    heads = [known[name] for name in args.heads] or HEADS
+    command = f"tools/composition_matrix.py --output {args.output}"
+    if args.heads:
+        command += " --heads " + " ".join(f'"{name}"' for name in args.heads)
+    print(composition_report.write(args.output, command=command, heads=heads, sources=SOURCES))
+
+
+if __name__ == "__main__":
+    sys.exit(run_tool(main))
