@@ -10,6 +10,7 @@ or ``{"trying": null}`` when turns begin, ``{"cell": cell, "found": ...}`` and `
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import logging
 import os
@@ -35,6 +36,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     projects.import_all()
+    gc.freeze()  # collections before every call need not go through what was imported
     request = json.load(sys.stdin)
     settings = Settings.from_dict(request["settings"])
     names = set(request["subjects"])
