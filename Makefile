@@ -8,7 +8,7 @@ STAMP := $(VENV)/.d2dense-ready
 REQUIREMENTS := $(wildcard requirements/*.txt) setup.py pyproject.toml d2dense/install_detectron2.py
 PIP_INSTALL = $(PY) -m pip install --quiet --constraint requirements/constraints.txt
 
-.PHONY: setup demo test test-long lint bench detectron2-official clean
+.PHONY: setup demo test test-long lint bench bench-projects detectron2-official clean
 .DEFAULT_GOAL := setup
 
 setup: $(STAMP)
@@ -41,8 +41,12 @@ lint: setup
 	@$(PY) -m mypy
 
 # waiting threads sleep, so that another job on the machine does not multiply the times
-bench: export OMP_WAIT_POLICY = PASSIVE
+bench bench-projects: export OMP_WAIT_POLICY = PASSIVE
 bench: setup
+	@$(PY) tools/benchmark.py $(BENCH_ARGS)
+
+# what each project's own parts bring, minutes each
+bench-projects: setup
 	@for script in projects/*/tools/benchmark.py; do $(PY) $$script $(BENCH_ARGS) || exit 1; done
 
 # For users with a C++ (and CUDA) compiler and network: the official build, with its compiled operators.

@@ -156,7 +156,7 @@ def main(argv=None) -> None:
     report = benchmark.write_report(
         args.output / f"cednet_{args.device}",
         title="CEDNet against timm's ConvNeXt-T",
-        command=f"make bench  # {Path(__file__).name}, {args.rounds} rounds, networks in turns",
+        command=f"make bench-projects  # {Path(__file__).name}, {args.rounds} rounds, in turns",
         rows=tables,
         notes=[
             f"Batch {args.batch}, 3 x {height} x {width}, float32, channels_last. inference: one "

@@ -106,7 +106,7 @@ def main(argv=None) -> None:
     report = benchmark.write_report(
         args.output / f"fscascade_{args.device}",
         title="FSCascade against Detectron2's CascadeROIHeads, R50-FPN",
-        command=f"make bench  # {Path(__file__).name}, {args.rounds} rounds, variants in turns",
+        command=f"make bench-projects  # {Path(__file__).name}, {args.rounds} rounds, in turns",
         rows=[row for mode in ("train", "inference") for row in measure(mode, args)],
         notes=[
             f"One {height} x {width} image, float32. train: forward and backward, 512 sampled "
