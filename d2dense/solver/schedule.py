@@ -7,10 +7,9 @@ import math
 from typing import Any
 
 import torch
-from detectron2.solver import WarmupParamScheduler as Warmup
 from fvcore.common.param_scheduler import ParamScheduler
 
-__all__ = ["CosineAfterWarmup", "LRSchedule", "PolyParamScheduler", "Warmup"]
+__all__ = ["CosineAfterWarmup", "LRSchedule", "PolyParamScheduler"]
 
 logger = logging.getLogger(__name__)
 

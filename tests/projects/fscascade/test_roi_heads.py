@@ -183,10 +183,6 @@ def test_permuting_regions_and_batching_images_change_nothing(mode):
 # ------------------------------------------------ 7: emptiness
 
 
-def empty_targets(count: int = 2, **settings) -> list[Instances]:
-    return b.targets((0,) * count, **settings)
-
-
 @every_variant
 @pytest.mark.parametrize("masks", [False, True])
 @pytest.mark.parametrize(
