@@ -13,7 +13,7 @@ def parser():
     add("--config-file", required=True, help="a path or a model-zoo name")
     add("--format", default="torchscript", help=", ".join(export.FORMATS))
     add("--method", default="trace", help="of TorchScript: " + ", ".join(export.METHODS))
-    add("--output", required=True, help="folder for model.ts and model.json")
+    add("--output", required=True, help="folder for model.ts, .pt2 or .onnx, and model.json")
     add("--weights", help="checkpoint, in place of the config's")
     add("--sample-image", help="picture to trace and check on, best with objects in it")
     add("--evaluate", action="store_true", help="also evaluate the file on the config's test sets")

@@ -1,4 +1,4 @@
-"""Models as files that need torch and torchvision alone.
+"""Models as files that run without this project and without Detectron2.
 
 ``export(cfg, output_dir=...)`` (or ``tools/export_model.py``) writes two files:
 
@@ -14,16 +14,33 @@
     written into the file, it runs where it is loaded (``map_location``). It evaluates as it is; a
     scripted file refuses ``eval()`` and ``train()``.
 
+``model.pt2`` (``format="torch_export"``)
+    A program of ``torch.export`` with the same outputs, for float32 images whose sides are at least
+    33 pixels: ``torch.export.load("model.pt2").module()(image.float())``; ``import torchvision``
+    before. It is recorded on the CPU, and the device is written into it:
+    ``torch.export.passes.move_to_device_pass(program, "cuda")`` rewrites it, as :func:`load` does.
+
+``model.onnx`` (``format="onnx"``, ``pip install '.[onnx]'``)
+    The same program in the standard operators of opset 18; weights are inside. onnxruntime runs it
+    without torch: ``InferenceSession("model.onnx").run(None, {"image": image})``, where ``image``
+    is a float32 array ``(C, H, W)``.
+
 ``model.json``
-    ``task``; ``input`` with ``channels`` (``BGR``) and ``resize`` (``shortest_edge``: the shorter
-    side becomes ``min_size`` unless the longer one would exceed ``max_size``); ``outputs`` with
-    name, shape, type and meaning; ``classes``; and the result of the check.
+    ``format``; ``task``; ``input`` with ``dtypes`` that the file takes, ``sides`` (the least and the
+    greatest height and width, None: no limit), ``channels`` (``BGR``) and ``resize``
+    (``shortest_edge``: the shorter side becomes ``min_size`` unless the longer one would exceed
+    ``max_size``); ``outputs`` with name, shape, type and meaning; ``classes``; and the result of
+    the check.
+
+All compute in float32. The last two formats suppress boxes of all classes in one pass, moved apart
+by class, as torchvision does for up to 1000 boxes; for more, torchvision goes class by class, and
+boxes whose overlap is the threshold to the last digits may differ.
 
 Every export is checked before the files appear: a fresh process that can import neither this
 project nor Detectron2 runs the file on images of other sizes, and the results are compared with
 those of the model.
 
-The files need no code of ours::
+The files need no code of ours. With TorchScript::
 
     import json
 

@@ -13,7 +13,7 @@ from tests.export.exportable import picture, tiny_model
 
 
 def example():
-    text = export.__doc__.split("The files need no code of ours::")[1]
+    text = export.__doc__.split("With TorchScript::")[1]
     lines = []
     for line in text.splitlines()[1:]:
         if line and not line.startswith("    "):

@@ -163,7 +163,6 @@ def test_failed_check_is_exit_code_1(main, data, weights, tmp_path, monkeypatch,
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--format", "onnx"], "format 'onnx' is not available yet; use --format torchscript"),
         (["--format", "torchscrip"], "did you mean 'torchscript'?"),
         (["--method", "jit"], "method 'jit', expected one of trace, script"),
         (["--sample-image", "nowhere.jpg"], "--sample-image nowhere.jpg does not exist"),
