@@ -26,7 +26,7 @@
     is a float32 array ``(C, H, W)``.
 
 ``model.json``
-    ``format``; ``task``; ``input`` with ``dtypes`` that the file takes, ``sides`` (the least and the
+    ``format``; ``task``; ``input`` with ``dtypes`` that the file takes, ``sides`` (least and
     greatest height and width, None: no limit), ``channels`` (``BGR``) and ``resize``
     (``shortest_edge``: the shorter side becomes ``min_size`` unless the longer one would exceed
     ``max_size``); ``outputs`` with name, shape, type and meaning; ``classes``; and the result of
