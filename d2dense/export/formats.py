@@ -15,7 +15,7 @@ from d2dense.errors import UserError, nearest
 from .adapters import frozen_adapter
 from .exported_program import LEAST_SIDE, open_exported_program, save_exported_program
 from .onnx import OPSET, open_onnx, require_onnx, save_onnx
-from .torchscript import to_torchscript
+from .torchscript import METHODS, to_torchscript
 
 __all__ = ["FORMATS", "Format", "check_format"]
 
@@ -92,9 +92,13 @@ FORMATS: dict[str, Format] = {
 }
 
 
-def check_format(format: str) -> None:
-    """Raise a ``UserError`` for a format that does not exist or whose packages are missing."""
+def check_format(format: str, method: str = "trace") -> None:
+    """Raise a ``UserError`` for an unknown format or method, and for missing packages."""
     if format not in FORMATS:
         known = ", ".join(FORMATS)
         raise UserError(f"format {format!r}, expected one of {known}{nearest(format, FORMATS)}")
+    if format == "torchscript" and method not in METHODS:
+        raise UserError(f"method {method!r}, expected one of {', '.join(METHODS)}")
+    if format != "torchscript" and method == "script":
+        raise UserError(f"--method script is TorchScript's; leave it out with --format {format}")
     FORMATS[format].check()

@@ -76,7 +76,7 @@ def export(
     """
     from d2dense.inference import Predictor  # needs the data and the projects
 
-    check_format(format)
+    check_format(format, method)
     if sample_image is not None and not Path(sample_image).is_file():
         raise UserError(f"--sample-image {sample_image} does not exist")
     predictor = Predictor(config_or_name, weights, device="cpu", overrides=overrides)
@@ -122,7 +122,7 @@ def export_model(
         UserError: unknown format or method, or a model that cannot be exported that way.
         CheckError: the file does not compute what the model does; it is removed.
     """
-    check_format(format)
+    check_format(format, method)
     check_supported(model, format, method)
     file_name = FORMATS[format].file_name
     folder = Path(output_dir)

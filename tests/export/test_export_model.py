@@ -164,6 +164,7 @@ def test_failed_check_is_exit_code_1(main, data, weights, tmp_path, monkeypatch,
     ("flags", "message"),
     [
         (["--format", "torchscrip"], "did you mean 'torchscript'?"),
+        (["--format", "onnx", "--method", "script"], "leave it out with --format onnx"),
         (["--method", "jit"], "method 'jit', expected one of trace, script"),
         (["--sample-image", "nowhere.jpg"], "--sample-image nowhere.jpg does not exist"),
         (["--weights", "nowhere.pth"], "nowhere.pth"),
