@@ -4,6 +4,7 @@ behind it, and the recipes that combine papers.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,17 @@ from d2dense.composition_trial import (
     try_model,
 )
 from d2dense.config.text import parse_yaml
-from d2dense.model_table import hollow, parameters
 
-__all__ = ["RECIPES", "TABLES", "WORKS", "pairs", "recipe_row", "try_cell", "write"]
+__all__ = [
+    "RECIPES",
+    "TABLES",
+    "WORKS",
+    "known_recipes",
+    "pairs",
+    "recipe_row",
+    "try_cell",
+    "write",
+]
 
 WORKS = "works"
 TABLES = {
@@ -86,8 +95,16 @@ def try_cell(source: Source, head: Head) -> tuple[str, dict[str, Outcome]]:
     return " / ".join(found), outcomes
 
 
+def known_recipes(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of recipes of a written table, none where there is no such table."""
+    path = path.with_suffix(".json")
+    return json.loads(path.read_text())["rows"][TABLES["recipes"]] if path.is_file() else []
+
+
 def recipe_row(name: str) -> dict[str, Any]:
     """Return what a recipe combines and costs; its products are not computed."""
+    from d2dense.model_table import hollow, parameters  # it needs all exporters
+
     what, size = RECIPES[name]
     model = config.build_model(model_zoo.get_config(name), device="cpu")
     with hollow():
@@ -102,8 +119,20 @@ def recipe_row(name: str) -> dict[str, Any]:
     }
 
 
-def write(path: Path, *, command: str, heads: Sequence[Head], sources: Sequence[Source]) -> str:
-    """Try all cells, write ``path``.json and ``path``.md, and return the Markdown."""
+def write(
+    path: Path,
+    *,
+    command: str,
+    heads: Sequence[Head],
+    sources: Sequence[Source],
+    known: Sequence[Mapping[str, Any]] = (),
+) -> str:
+    """Try all cells, write ``path``.json and ``path``.md, and return the Markdown.
+
+    Args:
+        known: rows of recipes that are not counted again.
+    """
+    recipes = {row["model"]: dict(row) for row in known}
     cells, sizes, notes = [], [], list(_NOTES)
     for head in heads:
         results, counts = {}, {}
@@ -121,7 +150,7 @@ def write(path: Path, *, command: str, heads: Sequence[Head], sources: Sequence[
         TABLES["sizes"]: sizes,
         TABLES["lines"]: list(_line_rows(sources, heads)),
         TABLES["names"]: [_head_row(head, sources[0]) for head in heads],
-        TABLES["recipes"]: [recipe_row(name) for name in RECIPES],
+        TABLES["recipes"]: [recipes.get(name) or recipe_row(name) for name in RECIPES],
     }
     return write_report(path, title="What goes together", command=command, rows=rows, notes=notes)
 

@@ -20,6 +20,12 @@ def main(argv=None):
     parser.add_argument(
         "--heads", nargs="+", default=[], metavar="NAME", help="these only, for a quick look"
     )
+    parser.add_argument(
+        "--keep-costs",
+        action="store_true",
+        help="take the costs of recipes from the table that is there, where it has them; counting "
+        "them takes minutes",
+    )
     args = parser.parse_args(argv)
     known = {head.name: head for head in HEADS}
     for name in args.heads:
@@ -31,7 +37,12 @@ def main(argv=None):
     command = f"tools/composition_matrix.py --output {args.output}"
     if args.heads:
         command += " --heads " + " ".join(f'"{name}"' for name in args.heads)
-    print(composition_report.write(args.output, command=command, heads=heads, sources=SOURCES))
+    known = composition_report.known_recipes(args.output) if args.keep_costs else ()
+    print(
+        composition_report.write(
+            args.output, command=command, heads=heads, sources=SOURCES, known=known
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -96,6 +96,15 @@ def test_levels_of_other_strides_than_the_anchors():
     assert "strides [8, 16, 32, 64]" in refusal(cfg)
 
 
+def test_maps_of_other_strides_than_a_segmenter_takes():
+    cfg = cell("HFGD", "ViT", "lazy")
+    cfg.model.backbone.levels = cfg.model.sem_seg_head.in_features = ["p3", "p4", "p5", "p6"]
+    assert "maps from stride 4 on, but 'p3' has stride 8" in refusal(cfg)
+    cfg = cell("SemanticFPN", "CEDNet", "yaml")
+    cfg.MODEL.SEM_SEG_HEAD.IN_FEATURES = ["c2", "c3", "c4"]
+    assert "strides 4, 8, 16 and 32, found c2, c3, c4" in refusal(cfg)
+
+
 def test_levels_of_another_width_than_the_head():
     for name in ("RetinaNet", "Cascade R-CNN", "FSCascade"):
         cfg = cell(name, "ViT", "lazy")

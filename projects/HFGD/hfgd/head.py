@@ -317,3 +317,9 @@ def _check_maps(
             f"HFGDHead takes maps at strides 4, 8, 16 and 32, found {', '.join(in_features)} "
             "(MODEL.SEM_SEG_HEAD.IN_FEATURES / in_features)"
         )
+    finest = input_shape[in_features[0]].stride
+    if upsampler != "none" and finest != 4:  # coarser ones may be dilated
+        raise UserError(
+            f"HFGDHead takes maps from stride 4 on, but {in_features[0]!r} has stride {finest} "
+            "(MODEL.SEM_SEG_HEAD.IN_FEATURES / in_features)"
+        )
