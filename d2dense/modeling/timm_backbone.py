@@ -60,7 +60,7 @@ class TimmBackbone(Backbone):
             ``{"depths": [1, 1, 2, 1], "dims": [24, 48, 64, 96]}`` for a small ConvNeXt
     """
 
-    __jit_ignored_attributes__ = ["num_layers"]  # noqa: RUF012 (TorchScript wants a list)
+    __jit_unused_properties__ = ["num_layers"]  # noqa: RUF012 (TorchScript wants a list)
 
     @configurable
     def __init__(
