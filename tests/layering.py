@@ -31,6 +31,7 @@ ORDER = (
     "engine",
     "inference",
     "export",
+    "model_table",
     "analyses",
 )
 
