@@ -10,6 +10,7 @@ from torch import nn
 
 from d2dense.errors import UserError
 from d2dense.modeling.detr import DeformableDETR
+from d2dense.modeling.necks import HRFPN, NASFPN, BiFPN
 
 from .adapters import adapt
 
@@ -99,6 +100,17 @@ def _detectron2_cascade(model: nn.Module) -> str | None:
         "Detectron2's CascadeROIHeads cannot be scripted: it keeps the stage's matches in Python; "
         "use FlexibleCascadeROIHeads (MODEL.ROI_HEADS.NAME), the same model with the same "
         "parameter names, or --method trace"
+    )
+
+
+@refuses("script")
+def _pyramids(model: nn.Module) -> str | None:
+    found = next((m for m in model.modules() if isinstance(m, (BiFPN, NASFPN, HRFPN))), None)
+    if found is None:
+        return None
+    return (
+        f"{type(found).__name__} cannot be scripted: it looks its levels up by Python's means; "
+        "expected an FPN or CEDNet, or use --method trace"
     )
 
 

@@ -9,6 +9,7 @@ from d2dense.errors import UserError
 from d2dense.export import refusal, to_torchscript
 from d2dense.export.support import WAYS, way
 from d2dense.modeling import MultiScaleDetector, TimmBackbone
+from d2dense.modeling.necks import BiFPN
 from tests.export.exportable import tiny_model
 
 
@@ -54,6 +55,15 @@ def test_timm_models_that_collect_their_maps_in_python():
     with torch.device("meta"):
         segmenter.backbone = TimmBackbone(name="efficientnet_b0")
     assert "script" not in reasons(segmenter)
+
+
+def test_pyramids_that_look_up_their_levels():
+    segmenter = tiny_model(arch="SemanticSegmentor")
+    with torch.device("meta"):
+        bottom_up = TimmBackbone(name="convnext_atto", out_features=("res3", "res4", "res5"))
+        segmenter.backbone = BiFPN(bottom_up=bottom_up, out_channels=32)
+    assert "BiFPN cannot be scripted" in reasons(segmenter)["script"]
+    assert "trace" not in reasons(segmenter)
 
 
 @pytest.mark.parametrize(
