@@ -37,6 +37,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--formats",
         nargs="+",
         default=["torchscript"],
+        metavar="FORMAT",
         help="of tools/export_model.py, for the mode exported",
     )
     add(
@@ -104,8 +105,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _settings(args: argparse.Namespace) -> Any:
+    from d2dense.export.formats import check_format
     from d2dense.model_benchmark.cells import Settings
 
+    for each in args.formats:
+        check_format(each)
     numbers = {"--batch": args.batch, "--rounds": [args.rounds], "--minutes": [args.minutes]}
     if args.size:
         numbers["--size"] = args.size

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -104,39 +104,56 @@ class Plan:
 
     @classmethod
     def of(cls, group: Group, settings: Settings) -> Plan:
-        """Return the plan for a group, what matters most first."""
+        """Return the plan for a group, what matters most first.
+
+        Precisions and modes have turns of their own: one that takes forever leaves the others.
+        """
         plan = cls()
-        first = [*_inference(group, settings, 1), *_exported(group, settings)]
+        for precision in settings.precisions:
+            plan._add_precision(group, settings, precision)
         if 1 in settings.batches:
-            plan._add("inference, batch 1", settings.rounds, first)
-        if settings.training:
-            plan._add_training(group, settings)
-        for batch in settings.batches:
-            if batch > 1:
-                rounds = max(1, settings.rounds // 3)
-                cells = _inference(group, settings, batch)
-                plan._add(f"inference, batch {batch}", rounds, cells)
-        if "compiled" in settings.modes and 1 in settings.batches:
-            plan._add_compiled(group, settings)
+            if "exported" in settings.modes:
+                for format in settings.formats:
+                    plan._add_exported(group, settings, EXPORTED + format)
+            if "compiled" in settings.modes:
+                plan._add_compiled(group, settings)
         return plan
+
+    def _add_precision(self, group: Group, settings: Settings, precision: str) -> None:
+        """Add one image, training, and larger batches; on a CPU, the last in one precision."""
+        first = precision == settings.precisions[0]
+        suffix = "" if first else f", {precision}"
+        phases = []
+        if "eager" in settings.modes and 1 in settings.batches:
+            phases.append(("inference", 1, f"inference, batch 1{suffix}", settings.rounds))
+        if settings.training:
+            batch, rounds = training_batch(group, settings), max(1, 2 * settings.rounds // 3)
+            phases.append(("training", batch, f"training{suffix}", rounds))
+        if "eager" in settings.modes and (first or settings.device != "cpu"):
+            for batch in settings.batches:
+                if batch > 1:
+                    rounds = max(1, settings.rounds // 3)
+                    phases.append(("inference", batch, f"inference, batch {batch}{suffix}", rounds))
+        for phase, batch, name, rounds in phases:
+            cells = [
+                Cell(subject=subject.name, phase=phase, batch=batch, precision=precision)
+                for subject in group.subjects
+            ]
+            self._add(name, rounds, cells)
+
+    def _add_exported(self, group: Group, settings: Settings, mode: str) -> None:
+        cells = [
+            Cell(subject=subject.name, phase="inference", batch=1, mode=mode)
+            for subject in _with_ratios(group)
+        ]
+        self._add(mode, settings.rounds, cells)
 
     def _add(self, name: str, rounds: int, cells: Sequence[Cell]) -> None:
         if cells:
             self.turns.append(Turns(name=name, rounds=rounds, cells=tuple(cells)))
 
-    def _add_training(self, group: Group, settings: Settings) -> None:
-        batch = training_batch(group, settings)
-        cells = [
-            Cell(subject=subject.name, phase="training", batch=batch, precision=precision)
-            for precision in settings.precisions
-            for subject in group.subjects
-        ]
-        self._add("training", max(1, 2 * settings.rounds // 3), cells)
-
     def _add_compiled(self, group: Group, settings: Settings) -> None:
-        """Compiled models take turns with their own eager selves, after all others: what was
-        compiled once may change how a process computes.
-        """
+        """Add them after all others: what compiles may change how a process computes."""
         cells = []
         for subject in _with_ratios(group):
             cell = Cell(subject=subject.name, phase="inference", batch=1, mode="compiled")
@@ -150,25 +167,6 @@ class Plan:
 def training_batch(group: Group, settings: Settings) -> int:
     """Return the images of a training step, which is the same for all models of a group."""
     return max(settings.training_batch, *(each.min_training_batch for each in group.subjects))
-
-
-def _inference(group: Group, settings: Settings, batch: int) -> Iterator[Cell]:
-    """Yield eager cells; on a CPU, larger batches in single precision only, for the time."""
-    if "eager" not in settings.modes:
-        return
-    for precision in settings.precisions:
-        if batch > 1 and settings.device == "cpu" and precision != settings.precisions[0]:
-            continue
-        for subject in group.subjects:
-            yield Cell(subject=subject.name, phase="inference", batch=batch, precision=precision)
-
-
-def _exported(group: Group, settings: Settings) -> Iterator[Cell]:
-    if "exported" in settings.modes:
-        for format in settings.formats:
-            for subject in _with_ratios(group):
-                mode = EXPORTED + format
-                yield Cell(subject=subject.name, phase="inference", batch=1, mode=mode)
 
 
 def _with_ratios(group: Group) -> list[Subject]:

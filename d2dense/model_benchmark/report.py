@@ -10,7 +10,7 @@ from typing import Any
 
 from d2dense import benchmark
 
-from .cells import EXPORTED, FAILED, MEASURED, Cell, Settings, training_batch
+from .cells import EXPORTED, FAILED, MEASURED, Cell, Plan, Settings, training_batch
 from .runner import Results
 from .subjects import Group, Subject
 
@@ -124,6 +124,7 @@ class _Found:
 
     def modes(self) -> list[Row]:
         """Return milliseconds of every precision and mode, and their ratios to the first."""
+        planned = [cell for each in Plan.of(self.group, self.settings).turns for cell in each.cells]
         rows = []
         for subject in self.group.subjects:
             first = {
@@ -131,7 +132,7 @@ class _Found:
                 "training": self._training(subject),
             }
             row: Row = {"group": self.group.name, "model": subject.name}
-            for cell in self.cells:
+            for cell in planned:
                 base = first[cell.phase]
                 if cell.subject != subject.name or cell.batch != base.batch:
                     continue

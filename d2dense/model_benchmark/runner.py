@@ -23,7 +23,8 @@ from .turns import OUT_OF_TIME
 __all__ = ["Results", "run"]
 
 _WORKER = (sys.executable, "-m", f"{__package__}.worker")
-_GRACE = 30.0  # seconds that a process may take longer than it was given
+# What a process may take longer than it was given: seconds, and a share of those.
+_GRACE, _GRACE_SHARE = 30.0, 0.2
 _LEAST = 20.0  # seconds that a process is worth starting for
 
 
@@ -170,7 +171,7 @@ class _Group:
             assert process.stdin is not None
             assert process.stdout is not None
             late = threading.Event()
-            with _killed_after(seconds + _GRACE, process, late):
+            with _killed_after(seconds * (1 + _GRACE_SHARE) + _GRACE, process, late):
                 with contextlib.suppress(BrokenPipeError):  # it died before it could read
                     process.stdin.write(json.dumps(self._request(seconds)))
                     process.stdin.close()

@@ -5,10 +5,12 @@ Letters: N images, H and W their height and width.
 
 from __future__ import annotations
 
+import copy
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from torch.nn import functional as F
 
 from d2dense import config, export
 from d2dense.errors import UserError
+from d2dense.export.torchscript import quiet
 from d2dense.layers import fold_for_inference, replace_sync_norms
 from d2dense.modeling import SemanticInference
 
@@ -133,17 +136,15 @@ class Detectron2Subject(Subject):
 
     def exported(self, model: nn.Module, given: Any, format: str) -> Callable[[], Any]:
         image = given[0]["image"]
-        if format == "torchscript":
-            module = export.to_torchscript(model, image, method="trace")
-            return lambda: module(image)
+        device, kind = image.device, export.FORMATS[format]
+        if str(image.dtype).removeprefix("torch.") not in kind.dtypes:
+            image = image.float()
         with tempfile.TemporaryDirectory(prefix="d2dense_benchmark_") as folder:
-            device = image.device
-            done = export.export_model(
-                model.to("cpu"), image.cpu(), output_dir=folder, format=format
-            )
-            model.to(device)
-            artefact = export.load(done.path, device=device)
-        return lambda: artefact.run(image)
+            path = Path(folder, kind.file_name)
+            with quiet():
+                kind.save(copy.deepcopy(model).cpu(), image.cpu(), path, method="trace")
+            run = kind.open(path, device)
+        return lambda: run(image)
 
 
 @dataclass(frozen=True, kw_only=True)

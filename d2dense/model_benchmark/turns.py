@@ -85,7 +85,7 @@ def measure(
         if cell.phase == "inference" and cell.batch == 1 and cell.mode == "eager":
             about.setdefault("seconds", seconds)
     report(None, None)
-    rounds = min(turns.rounds, int(clock.left / round_seconds)) if calls else 0
+    rounds = min(turns.rounds, int(clock.left / max(round_seconds, 1e-9)))
     _take_turns(max(rounds, 1), calls, peaks, report)
     calls.clear()
     models.clear()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import json
 import sys
@@ -67,13 +68,20 @@ def test_a_plan_goes_from_one_image_to_training_to_batches_to_compiled_models():
     settings = Settings(size=(8, 8), compile=("theirs",))
     plan = Plan.of(GROUP, settings)
     names = [each.name for each in plan.turns]
-    assert names == ["inference, batch 1", "training", "inference, batch 8", "compiled"]
-    assert [each.rounds for each in plan.turns] == [3, 2, 1, 3]
-    modes = {(c.subject, c.precision, c.mode) for c in plan.turns[0].cells}
-    assert ("broken", "bf16", "eager") in modes
+    assert names == [
+        "inference, batch 1",
+        "training",
+        "inference, batch 8",
+        "inference, batch 1, bf16",
+        "training, bf16",
+        "exported torchscript",
+        "compiled",
+    ]
+    assert [each.rounds for each in plan.turns] == [3, 2, 1, 3, 2, 3, 3]
+    assert [cell.precision for cell in plan.turns[4].cells] == ["bf16"] * 3
     # exported and compiled are what ratios are made of: ours, and the peers that are named
-    assert {m[0] for m in modes if m[2] == "exported torchscript"} == {"ours", "theirs"}
-    assert [cell.subject for cell in plan.turns[3].cells] == ["theirs"]
+    assert [cell.subject for cell in plan.turns[5].cells] == ["ours", "theirs"]
+    assert [cell.subject for cell in plan.turns[6].cells] == ["theirs"]
     ((cell, reason),) = plan.left_out
     assert (cell.subject, cell.mode) == ("ours", "compiled")
     assert "--compile" in reason
@@ -404,7 +412,8 @@ def test_ratios_are_medians_over_rounds_and_by_macs():
     cells[_cell("broken")] = {"state": FAILED, "reason": "why"}
     known = {"ours": {"params": 2_000_000, "macs": 6 * 10**9}, "theirs": {"macs": 4 * 10**9}}
     results = Results(cells={"G": cells}, known={"G": known})
-    tables = report.tables([GROUP], SETTINGS, Results.from_dict(results.as_dict()))
+    settings = dataclasses.replace(SETTINGS, precisions=("fp32", "bf16"))
+    tables = report.tables([GROUP], settings, Results.from_dict(results.as_dict()))
     ours, theirs, broken = tables["Summary"]
     assert ours["time ratio"] == 2.0  # of 2, 1.5 and 4
     assert ours["MAC ratio"] == 1.5
@@ -463,6 +472,7 @@ def test_the_command_measures_writes_and_goes_on(tmp_path, capsys):
 def test_mistakes_are_named(tmp_path):
     for flags, words in (
         (["--resume", "--quick", "--output", str(tmp_path)], "does not exist"),
+        (["--formats", "onxn"], "did you mean|onnx"),
         (["--rounds", "0"], "--rounds is 0"),
         (["--models", "nothing*"], "fits none"),
         (["--size", "64", "-1"], "--size is -1"),
