@@ -64,7 +64,7 @@ def input_gradient(model: nn.Module, sample: Mapping[str, Any], *, seed: int = 0
                 f"{type(model).__name__} returns no losses in training mode but "
                 f"{type(losses).__name__}; input gradients are for detectors that are trained here"
             )
-        total = sum(losses.values())
+        total: Any = sum(losses.values())
         gradient = None
         if total.requires_grad:
             (gradient,) = torch.autograd.grad(total, image, allow_unused=True)

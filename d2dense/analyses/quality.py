@@ -145,7 +145,7 @@ def compare(
         model, baseline: detections by image, as :func:`detect` and :func:`read_predictions`
             return; an image that is not there has none.
     """
-    rows = []
+    rows: list[tuple[Any, ...]] = []
     for record in records:
         objects = Objects.of(record)
         if not len(objects.boxes):

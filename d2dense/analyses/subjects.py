@@ -68,7 +68,8 @@ class Subject:
         """Yield what the model takes in training, resized as in tests and without any other
         augmentation. Crowds are left out.
         """
-        common = {
+        mapper: SemanticMapper | DetectionMapper
+        common: dict[str, Any] = {
             "is_train": True,
             "augmentations": [self.mapper.augmentations],
             "image_format": self.mapper.image_format,

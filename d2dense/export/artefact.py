@@ -152,4 +152,4 @@ def evaluate_exported(
         raise UserError("the config names no test set; set DATASETS.TEST / dataloader.test")
     loaders = {name: run.build_test_loader(name) for name in names}
     evaluators = {name: run.build_evaluator(name, output_dir) for name in names}
-    return evaluate(model, loaders, evaluators)
+    return evaluate(model, loaders, evaluators) or {}

@@ -60,10 +60,10 @@ class ConditionalSelfAttention(_Attention):
         """
         query = self.content_query(content) + self.position_query(position)
         key = self.content_key(content) + self.position_key(position)
-        parts = (self._split(each) for each in (query, key, self.value(content)))
         if mask is not None:
             mask = ~mask if mask.ndim == 2 else ~mask[:, None]
-        return self._attend(*parts, mask)
+        value = self.value(content)
+        return self._attend(self._split(query), self._split(key), self._split(value), mask)
 
 
 class ConditionalCrossAttention(_Attention):

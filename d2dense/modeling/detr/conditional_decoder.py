@@ -7,6 +7,7 @@ Letters: N images, C channels, Q queries, S positions of the memory.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -49,7 +50,7 @@ class ConditionalDecoderLayer(nn.Module):
         first: bool,
     ):
         super().__init__()
-        attention = {"channels": channels, "heads": heads, "dropout": dropout}
+        attention: dict[str, Any] = {"channels": channels, "heads": heads, "dropout": dropout}
         self.self_attention = ConditionalSelfAttention(**attention)
         self.norm1 = nn.LayerNorm(channels)
         self.cross_attention = ConditionalCrossAttention(**attention, first=first)
@@ -130,7 +131,7 @@ class ConditionalDecoder(nn.Module):
             )
             for layer in range(layers)
         )
-        self.scale = perceptron(channels, channels, channels) if layers > 1 else None
+        self.scale: Any = perceptron(channels, channels, channels) if layers > 1 else None
         self.norm = nn.LayerNorm(channels)  # of what the heads see, not of what the next layer does
         if anchors:
             self.positions = BoxPositions(channels=channels)

@@ -5,7 +5,7 @@ Letters: N images, Q queries, K classes, G most objects in an image, D decoder l
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 import torch.distributed as dist
@@ -219,7 +219,7 @@ class DETRCriterion(nn.Module):
         return loss.sum(dim=-1)
 
 
-def _by_layer(parts: dict[str, Sequence[Tensor]]) -> dict[str, Tensor]:
+def _by_layer(parts: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return every layer's loss under a name of its own, from ``(D,)`` each."""
     return {
         name if layer == len(losses) - 1 else f"d{layer}.{name}": loss

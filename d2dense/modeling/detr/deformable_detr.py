@@ -6,7 +6,7 @@ and Wl size of level l.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -196,7 +196,7 @@ class DeformableDETR(nn.Module):
         own = logits[:, :, count:end], boxes[:, :, count:end]
         losses = self.criterion(*own, targets, encoder, others)
         for name in losses:
-            if "many_" in name:
+            if self.one_to_many is not None and "many_" in name:
                 losses[name] = self.one_to_many.weight * losses[name]
         if noised is not None:
             of_noised = self.criterion.known_losses(
@@ -233,7 +233,7 @@ class DeformableDETR(nn.Module):
         logits, boxes = self.decode(self.encode(images), all_layers=False)
         return self.select(logits[-1], boxes[-1], images)
 
-    def preprocess(self, batched_inputs: list[dict[str, Any]]) -> ImageList:
+    def preprocess(self, batched_inputs: Sequence[Mapping[str, Any]]) -> ImageList:
         """Return the normalised images, filled up to one size.
 
         Raises:

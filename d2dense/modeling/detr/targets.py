@@ -104,5 +104,5 @@ def _check_classes(instances: Sequence[Instances], num_classes: int | None) -> N
 
 def mask_of(counts: Sequence[int], length: int, device: torch.device) -> Tensor:
     """Return ``(N, length)``, True in the first rows, as many as ``counts`` says."""
-    counts = torch.tensor(counts).to(device, non_blocking=True)
-    return torch.arange(length, device=device) < counts[:, None]
+    ends = torch.tensor(counts).to(device, non_blocking=True)
+    return torch.arange(length, device=device) < ends[:, None]

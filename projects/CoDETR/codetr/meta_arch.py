@@ -6,7 +6,7 @@ Letters: N images, K auxiliary heads, D decoder layers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -73,9 +73,9 @@ class CoDETR(DeformableDETR):
         super().__init__(**detector)
         heads = nn.ModuleList(auxiliary_heads)
         _check(len(heads), adapter, positive_queries, train_heads, evaluate_branch)
-        self.adapter = adapter if len(heads) else None
+        self.adapter: Any = adapter if len(heads) else None
         self.auxiliary_heads = heads
-        self.positive_queries = positive_queries if len(heads) else None
+        self.positive_queries: Any = positive_queries if len(heads) else None
         self.query_weight, self.head_weight = query_weight, head_weight
         self.train_heads = train_heads
         self.one_pass = one_pass
@@ -138,7 +138,7 @@ class CoDETR(DeformableDETR):
         if self.one_pass and len(groups) > 1:
             lengths = [each.content.shape[1] for each in groups]
             logits, boxes = self.predict(join(groups), memory)
-            predictions = zip(logits.split(lengths, dim=2), boxes.split(lengths, dim=2))
+            predictions: Iterable = zip(logits.split(lengths, dim=2), boxes.split(lengths, dim=2))
         else:
             predictions = (self.predict(each, memory) for each in groups)
         losses = {}

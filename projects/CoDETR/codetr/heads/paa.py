@@ -7,6 +7,7 @@ objects in an image, V candidates of an object, K classes, D detections, Hl and 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -85,7 +86,7 @@ class PAAHead(ATSSHead):
             nms_threshold=nms_threshold,
             max_detections=max_detections,
         )
-        self.assigner = IoUAssigner(positive=least_iou, negative=least_iou, claim=0.0)
+        self.assigner: Any = IoUAssigner(positive=least_iou, negative=least_iou, claim=0.0)
         self.candidates = candidates
         self.voting = voting
 
