@@ -24,6 +24,27 @@ def register(name, dicts=(), **metadata):
     return name
 
 
+def result_rows(predictions, ids, task):
+    """Return predictions by image as COCO's results, with the category ``ids`` by class; for the
+    public packages that ours is compared with.
+    """
+    rows = []
+    for image_id, found in predictions.items():
+        for i, (x0, y0, x1, y1) in enumerate(found.pred_boxes.tensor.double().tolist()):
+            row = {
+                "image_id": image_id,
+                "category_id": ids[int(found.pred_classes[i])],
+                "score": float(found.scores[i]),
+            }
+            if task == "bbox":
+                row["bbox"] = [x0, y0, x1 - x0, y1 - y0]
+            else:
+                mask = np.asfortranarray(found.pred_masks[i].numpy().astype(np.uint8))
+                row["segmentation"] = mask_util.encode(mask)
+            rows.append(row)
+    return rows
+
+
 def unregister(name):
     if name in DatasetCatalog:
         DatasetCatalog.remove(name)

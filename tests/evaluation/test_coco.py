@@ -17,7 +17,14 @@ from pycocotools.cocoeval import COCOeval
 from d2dense.data.coco_format import metadata
 from d2dense.errors import UserError
 from d2dense.evaluation import COCOEvaluator, build_evaluator
-from tests.evaluation.samples import feed, make_instances, noisy_predictions, register, unregister
+from tests.evaluation.samples import (
+    feed,
+    make_instances,
+    noisy_predictions,
+    register,
+    result_rows,
+    unregister,
+)
 
 NAME = "evaluation_test_coco"
 
@@ -38,21 +45,7 @@ def reference(json_file, predictions, task, max_dets=100):
     with contextlib.redirect_stdout(io.StringIO()):
         truth = COCO(str(json_file))
         ids = sorted(truth.getCatIds())
-        results = []
-        for image_id, found in predictions.items():
-            boxes = found.pred_boxes.tensor.double().numpy()
-            for i, (x0, y0, x1, y1) in enumerate(boxes.tolist()):
-                result = {
-                    "image_id": image_id,
-                    "category_id": ids[int(found.pred_classes[i])],
-                    "score": float(found.scores[i]),
-                }
-                if task == "bbox":
-                    result["bbox"] = [x0, y0, x1 - x0, y1 - y0]
-                else:
-                    mask = np.asfortranarray(found.pred_masks[i].numpy().astype(np.uint8))
-                    result["segmentation"] = mask_util.encode(mask)
-                results.append(result)
+        results = result_rows(predictions, ids, task)
         found = truth.loadRes(results) if results else COCO()
         if not results:
             found.dataset = {**truth.dataset, "annotations": []}

@@ -5,14 +5,20 @@ import logging
 import math
 
 import numpy as np
-import pycocotools.mask as mask_util
 import pytest
 
 from d2dense.data.coco_format import metadata
 from d2dense.errors import UserError
 from d2dense.evaluation import LVISEvaluator, build_evaluator
 from d2dense.evaluation.lvis import lvis_precision
-from tests.evaluation.samples import feed, make_instances, noisy_predictions, register, unregister
+from tests.evaluation.samples import (
+    feed,
+    make_instances,
+    noisy_predictions,
+    register,
+    result_rows,
+    unregister,
+)
 
 lvis = pytest.importorskip("lvis")
 
@@ -32,21 +38,8 @@ def reference(json_file, predictions, task, max_dets=300):
     """The package's results, -1 for undefined, and the precision of each category with objects."""
     truth = lvis.LVIS(str(json_file))
     ids = sorted(truth.get_cat_ids())
-    results = []
-    for image_id, found in predictions.items():
-        for i, (x0, y0, x1, y1) in enumerate(found.pred_boxes.tensor.double().tolist()):
-            result = {
-                "image_id": image_id,
-                "category_id": ids[int(found.pred_classes[i])],
-                "score": float(found.scores[i]),
-            }
-            if task == "bbox":
-                result["bbox"] = [x0, y0, x1 - x0, y1 - y0]
-            else:
-                mask = np.asfortranarray(found.pred_masks[i].numpy().astype(np.uint8))
-                result["segmentation"] = mask_util.encode(mask)
-            results.append(result)
-    results = lvis.LVISResults(truth, results, max_dets=max_dets)
+    rows = result_rows(predictions, ids, task)
+    results = lvis.LVISResults(truth, rows, max_dets=max_dets)
     evaluation = lvis.LVISEval(truth, results, task)
     evaluation.params.max_dets = max_dets
     evaluation.run()
