@@ -67,5 +67,9 @@ setup(
     package_data={name: ["*.yaml", "*.json"] for name in PACKAGES},
     install_requires=requirements() + detectron2_requirement(),
     entry_points={"d2dense.projects": PROJECTS},
-    extras_require={"onnx": ["onnx", "onnxruntime", "onnxscript"], "wandb": ["wandb"], "lvis": ["lvis"]},
+    extras_require={
+        "onnx": ["onnx", "onnxruntime", "onnxscript"],
+        "wandb": ["wandb"],
+        "lvis": ["lvis"],
+    },
 )

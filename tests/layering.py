@@ -26,12 +26,17 @@ ORDER = (
     "modeling",
     "costs",
     "solver",
+    "composition",
     "config",
     "model_zoo",
     "engine",
     "inference",
     "export",
     "model_table",
+    "model_benchmark",
+    "composition_trial",
+    "composition_cells",
+    "composition_report",
     "analyses",
 )
 

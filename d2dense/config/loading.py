@@ -129,6 +129,7 @@ def _is_lazy(data: object) -> bool:
 
 
 def _lazy_from(data: dict, path: Path) -> DictConfig:
+    data = lazy.moved(data)
     lazy.check_targets(data, str(path))
     try:
         cfg = OmegaConf.create(data, flags={"allow_objects": True})
@@ -184,10 +185,8 @@ def _base_path(base: str, folder: Path) -> Path:
     path = Path(os.path.realpath(folder / os.path.expanduser(base)))
     if path.is_file() or path.suffix in (".yaml", ".yml"):
         return path
-    from d2dense import model_zoo  # the model zoo loads through this module
-
-    if base in model_zoo.list_models("yaml"):
-        return model_zoo.get_config_file(base, "yaml")
+    if base in list_models("yaml"):
+        return get_config_file(base, "yaml")
     return path
 
 
