@@ -18,7 +18,7 @@ from d2dense.errors import UserError
 
 from .text import to_yaml
 
-__all__ = ["check_call", "check_targets", "dump", "named", "target_of", "walk"]
+__all__ = ["check_call", "check_targets", "dump", "moved", "named", "target_of", "walk"]
 
 # Modules whose own classes and functions yaml files and overrides may name: what models, loaders,
 # evaluators and optimizers are made of. A .py config is code and may name anything.
@@ -50,6 +50,11 @@ _TRUSTED = (
 # Parts of those that write files, fetch them or call what they are given.
 _REFUSED = ("d2dense.data.child", "d2dense.data.shapes", "detectron2.data.datasets")
 _NAMED = "d2dense.config.lazy.named"
+# Where modules went that runs saved in their config.yaml.
+_MOVED = {
+    "d2dense.engine.optim.": "d2dense.solver.optim.",
+    "d2dense.engine.schedule.": "d2dense.solver.schedule.",
+}
 
 _DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
 # ${key} is a reference; ${name:...} calls a resolver of omegaconf, which can make new nodes.
@@ -131,6 +136,23 @@ def _name_of(value: Any, key: str) -> str:
             "use a function defined in a module, with its arguments in a LazyCall"
         )
     return name
+
+
+def moved(data: Any) -> Any:
+    """Return nested dicts and lists of an earlier version with the present names of targets."""
+    if isinstance(data, dict):
+        return {
+            key: _present_name(value) if key in ("_target_", "name") else moved(value)
+            for key, value in data.items()
+        }
+    if isinstance(data, list):
+        return [moved(value) for value in data]
+    return data
+
+
+def _present_name(name: Any) -> Any:
+    old = next((old for old in _MOVED if isinstance(name, str) and name.startswith(old)), None)
+    return name if old is None else _MOVED[old] + name.removeprefix(old)
 
 
 def check_targets(data: Any, source: str, key: str = "") -> None:

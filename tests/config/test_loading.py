@@ -255,6 +255,16 @@ def test_saved_lazy_config_builds_the_same_model(lazy_file, tmp_path):
     assert config.dump(first) == config.dump(second)
 
 
+def test_config_saved_before_a_module_moved_loads(tmp_path):
+    cfg = config.load("FSCascade/fscascade_tiny_shapes")
+    new = config.dump(cfg)
+    path = tmp_path / "old.yaml"
+    path.write_text(new.replace("d2dense.solver.param_groups", "d2dense.engine.optim.param_groups"))
+    assert path.read_text() != new
+    optimizer = config.load(path).optimizer
+    assert optimizer.params._target_ == "d2dense.solver.optim.param_groups"
+
+
 def test_saved_yaml_config_is_the_same(yaml_file, tmp_path):
     cfg = config.load(yaml_file, ["MODEL.ROI_HEADS.NUM_CLASSES", "auto"])
     assert cfg.MODEL.ROI_HEADS.NUM_CLASSES == -1
