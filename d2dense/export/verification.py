@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,9 +16,10 @@ from torch.nn import functional as F
 
 from .adapters import Adapter
 
-__all__ = ["CheckError", "ImageCheck", "check_images", "verify"]
+__all__ = ["CheckError", "FreshServer", "ImageCheck", "check_images", "verify"]
 
 _SCRIPT = Path(__file__).with_name("fresh_run.py")
+_SERVER = Path(__file__).with_name("fresh_server.py")
 # Height and width of the check images relative to the traced one: two other shapes, one of them
 # upright where the traced one is not.
 _SCALES = ((0.73, 1.19), (1.31, 0.67))
@@ -64,7 +65,12 @@ def check_images(image: Tensor) -> list[Tensor]:
 
 
 def verify(
-    path: str | Path, adapter: Adapter, images: Sequence[Tensor], *, tolerance: float = 1e-4
+    path: str | Path,
+    adapter: Adapter,
+    images: Sequence[Tensor],
+    *,
+    tolerance: float = 1e-4,
+    server: FreshServer | None = None,
 ) -> list[ImageCheck]:
     """Run the file in a fresh process without our packages and compare it with eager code.
 
@@ -73,13 +79,14 @@ def verify(
         adapter: the model that was exported, on the CPU, in evaluation mode.
         images: ``(C, h, w)`` each.
         tolerance: largest allowed error, see :class:`ImageCheck`.
+        server: for many files, starts the processes that need torch; None: each starts by itself.
 
     Raises:
         CheckError: another number of detections, a larger difference, or the file cannot be run.
     """
     if adapter.training:
         raise ValueError("the model must be in evaluation mode")
-    results = _run_fresh(Path(path), images)
+    results = _run_fresh(Path(path), images) if server is None else server.run(Path(path), images)
     checks = []
     for image, found in zip(images, results):
         with torch.no_grad():
@@ -94,21 +101,60 @@ def verify(
     return checks
 
 
-def _run_fresh(path: Path, images: Sequence[Tensor]) -> list[list[Tensor]]:
+class FreshServer:
+    """Fresh processes for many files: each is a fork of one that has imported what the file needs
+    and can import nothing of this project. ONNX files, which must not need torch, start their own.
+    """
+
+    def __enter__(self) -> FreshServer:
+        self._process = subprocess.Popen(
+            [sys.executable, "-I", str(_SERVER)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+
+    def run(self, path: Path, images: Sequence[Tensor]) -> list[list[Tensor]]:
+        return _run_fresh(path, images, start=_start if path.suffix == ".onnx" else self._ask)
+
+    def _ask(self, job: list[str], folder: str) -> str:
+        del folder
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write("\t".join(job) + "\n")
+        self._process.stdin.flush()
+        answer = self._process.stdout.readline()
+        return answer.strip() if answer else "the server of fresh processes ended"
+
+
+def _start(job: list[str], folder: str) -> str:
+    """Run a job in a process of its own and return what went wrong, nothing if nothing did."""
+    # -I: neither the working folder nor PYTHONPATH
+    command = [sys.executable, "-I", str(_SCRIPT), *job]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    if done.returncode == 0:
+        return ""
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    return lines[-1].strip() if lines else f"exit code {done.returncode}"
+
+
+def _run_fresh(
+    path: Path, images: Sequence[Tensor], start: Callable[[list[str], str], str] = _start
+) -> list[list[Tensor]]:
     with tempfile.TemporaryDirectory(prefix="d2dense_export_") as folder:
         inputs, outputs = Path(folder, "images.npz"), Path(folder, "results.npz")
         np.savez(inputs, **{str(k): image.numpy() for k, image in enumerate(images)})
-        # -I: neither the working folder nor PYTHONPATH; as many threads as here, for equal sums
-        command = [sys.executable, "-I", _SCRIPT, path.resolve(), inputs, outputs]
-        done = subprocess.run(
-            [*map(str, command), str(torch.get_num_threads())],
-            cwd=folder,
-            capture_output=True,
-            text=True,
-        )
-        if done.returncode != 0:
-            lines = [line for line in done.stderr.splitlines() if line.strip()]
-            reason = lines[-1].strip() if lines else f"exit code {done.returncode}"
+        # as many threads as here, for equal sums
+        files = [str(each) for each in (path.resolve(), inputs, outputs)]
+        reason = start([*files, str(torch.get_num_threads())], folder)
+        if reason:
             raise CheckError(f"the file does not run in a fresh process: {reason}")
         results: list[list[Tensor]] = [[] for _ in images]
         with np.load(outputs) as found:

@@ -241,7 +241,10 @@ def timm_classifier(
             f"timm has no model {name!r} (MODEL.TIMM.NAME / name of timm_classifier)"
             f"{nearest(name, timm.list_models())}"
         )
-    arguments = {"num_classes": num_classes, **(options or {})}
+    arguments: dict[str, Any] = {"num_classes": num_classes}
+    for key, value in (options or {}).items():  # timm takes no lists of a config
+        is_list = isinstance(value, Sequence) and not isinstance(value, str)
+        arguments[key] = tuple(value) if is_list else value
     if drop_path_rate:
         arguments["drop_path_rate"] = drop_path_rate
     try:
