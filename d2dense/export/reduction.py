@@ -51,9 +51,8 @@ _IMMATERIAL = (
 
 
 def reduced(cfg: DictConfig) -> DictConfig:
-    """Return a config of a smaller model and nothing else; the given one stays as it is."""
-    flags = {"allow_objects": True}
-    cfg = DictConfig({"model": copy.deepcopy(cfg.model)}, flags=flags)
+    """Return a config whose model is smaller; the given one stays as it is."""
+    cfg = copy.deepcopy(cfg)  # all of it: a model may refer to its data
     for node in list(_nodes(cfg.model)):
         change = _CHANGES.get(_name(node))
         if change is not None:
