@@ -33,7 +33,8 @@ def main(argv=None):
             raise UserError(
                 f"--formats {way!r}, expected some of {', '.join(WAYS)}{nearest(way, WAYS)}"
             )
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.basicConfig(format="%(message)s")  # exporters have much to say below warnings
+    logging.getLogger("d2dense.export.matrix").setLevel(logging.INFO)
     torch.set_num_threads(1)
     if args.redo:
         args.output.with_suffix(".json").unlink(missing_ok=True)

@@ -106,26 +106,29 @@ class FreshServer:
     and can import nothing of this project. ONNX files, which must not need torch, start their own.
     """
 
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[str] | None = None
+
     def __enter__(self) -> FreshServer:
-        self._process = subprocess.Popen(
-            [sys.executable, "-I", str(_SERVER)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        )
         return self
 
     def __exit__(self, *error: object) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait()
+        if self._process is not None:
+            self._process.communicate()  # the end of its input ends it
 
     def run(self, path: Path, images: Sequence[Tensor]) -> list[list[Tensor]]:
         return _run_fresh(path, images, start=_start if path.suffix == ".onnx" else self._ask)
 
     def _ask(self, job: list[str], folder: str) -> str:
         del folder
+        if self._process is None:
+            self._process = subprocess.Popen(
+                [sys.executable, "-I", str(_SERVER)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                text=True,
+            )
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.write("\t".join(job) + "\n")
