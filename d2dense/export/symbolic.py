@@ -31,6 +31,8 @@ __all__ = ["symbolic_sizes"]
 
 Size = tuple[int, int]
 
+_attend = F.scaled_dot_product_attention
+
 _RPN = "detectron2.modeling.proposal_generator"
 _BOXES = "detectron2.modeling.roi_heads.fast_rcnn"
 
@@ -51,6 +53,7 @@ def symbolic_sizes() -> Iterator[None]:
         ):
             stack.enter_context(mock.patch.object(target, attribute, replacement))
         for name, replacement in (
+            ("torch.nn.functional.scaled_dot_product_attention", _attend_with_heads),
             ("detectron2.modeling.anchor_generator._create_grid_offsets", _grid_offsets),
             (f"{_RPN}.rpn.find_top_rpn_proposals", _find_proposals),
             (f"{_BOXES}.fast_rcnn_inference_single_image", _detections),
@@ -77,6 +80,14 @@ def _length(x) -> int:
 
 def _largest(sides: Iterable[int]) -> int:
     return functools.reduce(torch.sym_max, sides)
+
+
+def _attend_with_heads(query: Tensor, key: Tensor, value: Tensor, *args, **kwargs) -> Tensor:
+    """Attention of one head, ``(N, T, C)``, as that of several: ONNX has it for four axes only."""
+    if query.ndim != 3:
+        return _attend(query, key, value, *args, **kwargs)
+    heads = (each[:, None] for each in (query, key, value))
+    return _attend(*heads, *args, **kwargs)[:, 0]
 
 
 def _one_image(

@@ -54,6 +54,6 @@ def test_predictions_from_python(tmp_path, monkeypatch, capsys):
 
 def test_the_use_of_an_exported_file_is_what_the_library_says():
     """Which ``tests/export/test_example.py`` runs."""
-    text = inspect.cleandoc(export.__doc__).partition("no code of ours::\n\n")[2]
+    text = inspect.cleandoc(export.__doc__).partition("With TorchScript::\n\n")[2]
     example = textwrap.dedent(text.partition("\n\nTo evaluate")[0])
     assert block_with("docs/deployment.md", "torch.jit.load").strip() == example.strip()
