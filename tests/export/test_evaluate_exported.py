@@ -10,7 +10,7 @@ from d2dense import config
 from d2dense.data import shapes
 from d2dense.engine.experiment import experiment
 from d2dense.errors import UserError, run_tool
-from d2dense.export import FORMATS, ImageCheck, comparison, export, pipeline
+from d2dense.export import ImageCheck, comparison, export, pipeline
 from d2dense.export.untrained import spread_outputs
 
 DETECTOR, SEGMENTER = "FSCascade/fscascade_tiny_shapes", "HFGD/hfgd_tiny_shapes"
@@ -116,15 +116,15 @@ CASES = [
     (real_detector, "torchscript", "trace"),
     (real_segmenter_in_windows, "torchscript", "script"),
     (generated_segmenter, "torch_export", "trace"),
-    (real_detector, "torch_export", "trace"),
-    (generated_detector, "onnx", "trace"),
+    pytest.param(real_detector, "torch_export", "trace", marks=pytest.mark.long),
+    pytest.param(generated_detector, "onnx", "trace", marks=pytest.mark.long),
     (real_segmenter_in_windows, "onnx", "trace"),
 ]
 
 
 @pytest.mark.parametrize(
     ("case", "format", "method"),
-    [case for case in CASES if case[1] in FORMATS],
+    CASES,
     ids=lambda value: getattr(value, "__name__", value),
 )
 def test_file_equals_model(main, request, monkeypatch, tmp_path, capsys, case, format, method):
