@@ -25,6 +25,7 @@ ELSEWHERE = {
     "python tools/benchmark.py": "tests/tools/test_benchmark.py",
     "python tools/composition_matrix.py": "tests/composition/test_cells.py",
     "python tools/evaluate_exported.py": "tests/export/test_evaluate_exported.py",
+    "python tools/export_matrix.py": "tests/export/test_matrix.py",
     "tools/analysis_matrix.py": "tests/tools/test_analysis_matrix.py",
     "tools/benchmark_data.py": "tests/data/test_speed_benchmark.py",
     "tools/convert_checkpoint.py --source cednet": "tests/projects/cednet/test_convert.py",
