@@ -112,14 +112,15 @@ def read_regions(
         where = f"{path}: prediction {number}"
         try:
             names = [str(row[key]) for key in ("image_id", "file_name") if key in row]
+            first = names[0]
             category, code = row["category_id"], row["segmentation"]
             mask = mask_util.decode(code).astype(bool)
-        except (KeyError, TypeError, ValueError, AttributeError):
+        except (IndexError, KeyError, TypeError, ValueError, AttributeError):
             raise UserError(
                 f"{where} is {str(row)[:80]}, expected image_id or file_name, category_id and a "
                 "run-length segmentation"
             ) from None
-        image = next((known[name] for name in names if name in known), names and names[0])
+        image = next((known[name] for name in names if name in known), first)
         _require_known(image, category, set(known.values()), to_class, where, dataset)
         found.setdefault(image, []).append(SavedRegion(to_class[category], mask))
     return found

@@ -78,9 +78,11 @@ def test_label_maps(dataset, tmp_path):
     assert (output["sem_seg"].numpy() == np.where(mask, 1, -1)).all()
     with pytest.raises(UserError, match="120 x 300, its image 10 x 30"):
         read_outputs(path, "saved_stuff", {name: (10, 30)})
-    path.write_text(json.dumps([{**row, "segmentation": 1}]))
-    with pytest.raises(UserError, match="expected image_id or file_name"):
-        read_outputs(path, "saved_stuff", {name: (120, 300)})
+    nameless = {key: row[key] for key in ("category_id", "segmentation")}
+    for wrong in ({**row, "segmentation": 1}, nameless):
+        path.write_text(json.dumps([wrong]))
+        with pytest.raises(UserError, match="expected image_id or file_name"):
+            read_outputs(path, "saved_stuff", {name: (120, 300)})
 
 
 def test_annotations(dataset):
