@@ -13,9 +13,9 @@ import platform
 import statistics
 import time
 import traceback
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Hashable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from tabulate import tabulate
@@ -33,6 +33,8 @@ __all__ = [
     "write_report",
 ]
 
+Name = TypeVar("Name", bound=Hashable)  # of what is compared; tables need strings
+
 
 def _synchronize() -> None:
     if torch.cuda.is_available():
@@ -40,8 +42,8 @@ def _synchronize() -> None:
 
 
 def interleaved(
-    variants: Mapping[str, Callable[[], Any]], *, rounds: int, warmup: int = 1
-) -> dict[str, list[float]]:
+    variants: Mapping[Name, Callable[[], Any]], *, rounds: int, warmup: int = 1
+) -> dict[Name, list[float]]:
     """Run every variant once per round, in an order that turns around each round, and return
     seconds per call.
 
@@ -49,7 +51,7 @@ def interleaved(
     its rounds.
     """
     names = list(variants)
-    times: dict[str, list[float]] = {name: [] for name in names}
+    times: dict[Name, list[float]] = {name: [] for name in names}
     for index in range(warmup + rounds):
         for name in names if index % 2 == 0 else reversed(names):
             _synchronize()
@@ -61,7 +63,7 @@ def interleaved(
     return times
 
 
-def ratios(times: Mapping[str, list[float]], baseline: str) -> dict[str, float]:
+def ratios(times: Mapping[Name, list[float]], baseline: Name) -> dict[Name, float]:
     """Return each variant's median, over rounds, of its time divided by the baseline's in the same
     round.
     """

@@ -89,9 +89,10 @@ def check_model(model: nn.Module) -> None:
         UserError: a map that the backbone does not have, or one of another stride or width.
     """
     backbone = getattr(model, "backbone", None)
-    if hasattr(backbone, "output_shape"):
+    shapes_of = getattr(backbone, "output_shape", None)
+    if shapes_of is not None:
         for need in needs_of(model):
-            _check(need, backbone.output_shape(), type(backbone).__name__)
+            _check(need, shapes_of(), type(backbone).__name__)
 
 
 def check_config(cfg: CfgNode) -> None:
@@ -130,25 +131,26 @@ def needs_of(model: nn.Module) -> list[Need]:
 
 def _anchor_needs(model: nn.Module) -> Iterator[Need]:
     proposals = getattr(model, "proposal_generator", None)
-    for head, names, module, keys in (
+    for owner, attribute, levels, keys in (
         (
-            getattr(proposals, "rpn_head", None),
-            getattr(proposals, "in_features", None),
             proposals,
+            "rpn_head",
+            "in_features",
             "MODEL.RPN.IN_FEATURES / model.proposal_generator.in_features",
         ),
         (
-            getattr(model, "head", None),
-            getattr(model, "head_in_features", None),
             model,
+            "head",
+            "head_in_features",
             "MODEL.RETINANET.IN_FEATURES / model.head_in_features",
         ),
     ):
-        if isinstance(head, nn.Module) and names is not None:
+        head, names = getattr(owner, attribute, None), getattr(owner, levels, None)
+        if owner is not None and isinstance(head, nn.Module) and names is not None:
             yield Need(
                 keys,
                 list(names),
-                strides=list(module.anchor_generator.strides),
+                strides=list(owner.anchor_generator.strides),
                 channels=_width(head, len(names)),
                 one_width=True,
             )

@@ -133,7 +133,9 @@ def write(
         known: rows of recipes that are not counted again.
     """
     recipes = {row["model"]: dict(row) for row in known}
-    cells, sizes, notes = [], [], list(_NOTES)
+    cells: list[dict[str, Any]] = []
+    sizes: list[dict[str, Any]] = []
+    notes = list(_NOTES)
     for head in heads:
         results, counts = {}, {}
         for source in sources:
@@ -168,10 +170,10 @@ def _line_rows(sources: Sequence[Source], heads: Sequence[Head]) -> Iterator[dic
             plain = Head(name="", recipe="", takes=takes)
             pair = lines(source, plain, "lazy"), lines(source, plain, "yaml")
             seen.setdefault(pair, []).append(_TAKES[takes])
-        for (lazy, yaml), takes in seen.items():
+        for (lazy, yaml), taken in seen.items():
             yield {
                 "backbone": source.name,
-                "gives": "; ".join(takes),
+                "gives": "; ".join(taken),
                 "lazy": _code(lazy.replace("\n", "; ")),
                 "yaml": _code(pairs(yaml)),
             }

@@ -145,19 +145,19 @@ def compare(
         model, baseline: detections by image, as :func:`detect` and :func:`read_predictions`
             return; an image that is not there has none.
     """
-    rows: list[tuple[Any, ...]] = []
+    rows: list[tuple[Mapping[str, Any], int, float, float]] = []
     for record in records:
         objects = Objects.of(record)
         if not len(objects.boxes):
             continue
         key = image_key(record)
-        scores = [
+        ours, theirs = (
             object_qualities(
                 objects, found.get(key, Detections.none()), any_class=any_class
             ).image_score
             for found in (model, baseline)
-        ]
-        rows.append((record, len(objects.boxes), *scores))
+        )
+        rows.append((record, len(objects.boxes), ours, theirs))
     rows.sort(key=lambda row: round(row[3] - row[2], 9))  # equal ones differ by rounding errors
     return [Comparison(*row, rank=k) for k, row in enumerate(rows, start=1)]
 

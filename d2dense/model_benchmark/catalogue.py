@@ -6,20 +6,26 @@ import dataclasses
 import fnmatch
 from collections.abc import Sequence
 
+from torch import nn
+
+from d2dense import config
 from d2dense.errors import UserError, nearest
 
 from .peers import detectron2_peer, timm_peer, torchvision_detector, torchvision_segmenter
-from .subjects import BackboneSubject, Detectron2Subject, Group, Subject
+from .subjects import BackboneSubject, Detectron2Subject, Group, Size, Subject
 
 __all__ = ["KINDS", "select"]
 
 
-def _ours(name: str, peer: Subject, **more: int) -> Detectron2Subject:
-    return Detectron2Subject(name=name, peer=peer.name, **more)
+def _ours(name: str, peer: Subject, *, min_training_batch: int = 1) -> Detectron2Subject:
+    return Detectron2Subject(name=name, peer=peer.name, min_training_batch=min_training_batch)
 
 
 def _backbone(model: str, peer: Subject) -> BackboneSubject:
-    return BackboneSubject(name=f"backbone of {model}", model=model, peer=peer.name)
+    def build(size: Size) -> nn.Module:
+        return config.build_model(config.load(model), device="cpu").backbone
+
+    return BackboneSubject(name=f"backbone of {model}", builder=build, peer=peer.name)
 
 
 _CONVNEXT = timm_peer("convnext_tiny")

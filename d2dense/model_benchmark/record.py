@@ -33,7 +33,7 @@ class Record:
         machine = benchmark.machine()
         self.path = folder / f"machine_{report.slug(machine)}"
         self.groups, self.settings, self.command = groups, settings, command
-        self.identity = {
+        self.identity: dict[str, Any] = {
             "machine": {key: value for key, value in machine.items() if key != "date"},
             "versions": {"d2dense": d2dense.__version__}
             | {name: importlib.metadata.version(name) for name in _LIBRARIES},

@@ -68,7 +68,7 @@ class _Found:
 
     def _ratio(self, cell: Cell, base: Cell) -> float | None:
         """Return the median over rounds of the ratio of times."""
-        times = {each: self.cells.get(each, {}).get("seconds") for each in (cell, base)}
+        times = {each: self.cells.get(each, {}).get("seconds") or [] for each in (cell, base)}
         if not all(times.values()) or len(times[cell]) != len(times[base]):
             return None
         return benchmark.ratios(times, base)[cell]

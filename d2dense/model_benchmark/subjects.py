@@ -191,18 +191,14 @@ class BackboneSubject(Subject):
     """A backbone by itself: images to feature maps.
 
     Attributes:
-        model: the name in the zoo of a model that has it; None: a peer's.
-        builder: builds a peer's; takes the size of the images.
+        builder: takes the size of the images.
     """
 
     library: str = "d2dense"
-    model: str | None = None
-    builder: Callable[[Size], nn.Module] | None = None
+    builder: Callable[[Size], nn.Module]
 
     def create(self, size: Size, device: str) -> nn.Module:
-        if self.builder is not None:
-            return self.builder(size)
-        return config.build_model(config.load(self.model), device=device).backbone
+        return self.builder(size)
 
     def inputs(self, batch: int, size: Size, device: str) -> tuple[Tensor, None]:
         draw = torch.Generator().manual_seed(0)

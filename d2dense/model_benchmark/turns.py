@@ -153,7 +153,7 @@ def _prepare(
     if training:
         call = _step(partial(subject.loss, model, given, targets), optimizer, precision)
     else:
-        run = partial(model, given)
+        run: Callable[[], Any] = partial(model, given)
         if cell.mode == "compiled":
             run = partial(torch.compile(model), given)
         elif cell.mode.startswith(EXPORTED):

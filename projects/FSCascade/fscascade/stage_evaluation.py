@@ -10,7 +10,7 @@ from __future__ import annotations
 import csv
 import logging
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -48,12 +48,14 @@ class AllStages(nn.Module):
         super().__init__()
         self.model = model
         heads = getattr(model, "roi_heads", None)
-        self._detect = None
+        self._detect: Callable[..., dict[str, list[Instances]]] | None = None
+        self.num_stages, ensembles = 1, []
         if isinstance(heads, FSCascadeROIHeads):
             self._detect, ensembles = heads.detect_all_stages, list(_ENSEMBLES)
+            self.num_stages = heads.num_cascade_stages
         elif isinstance(heads, FlexibleCascadeROIHeads):
             self._detect, ensembles = partial(detect_all_stages, heads), [_ENSEMBLES[1]]
-        self.num_stages = heads.num_cascade_stages if self._detect else 1
+            self.num_stages = heads.num_cascade_stages
         stages = [f"stage{k + 1}" for k in range(self.num_stages)]
         # keys of the outputs; of a single stage there is no ensemble
         self.names = stages + ensembles if self.num_stages > 1 else stages
@@ -91,7 +93,7 @@ def _instances(model: nn.Module, output: Mapping[str, Any]) -> Instances:
 
 
 def detect_all_stages(
-    heads: FlexibleCascadeROIHeads, features: Mapping[str, Tensor], proposals: list[Instances]
+    heads: FlexibleCascadeROIHeads, features: dict[str, Tensor], proposals: list[Instances]
 ) -> dict[str, list[Instances]]:
     """Return the detections of every stage, as if the cascade ended there and its scores alone
     counted, and the result of the whole cascade, as ``ensemble_own_rois``.
