@@ -39,6 +39,7 @@ lint: setup
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .
 	@$(PY) -m mypy
+	@for folder in tools projects/*/tools; do $(PY) -m mypy $$folder/*.py || exit 1; done
 
 # waiting threads sleep, so that another job on the machine does not multiply the times
 bench bench-projects: export OMP_WAIT_POLICY = PASSIVE

@@ -213,6 +213,8 @@ class Bench:
 def main_of(command: str) -> Callable[[Sequence[str]], int]:
     """Return the ``main`` of a command."""
     spec = importlib.util.spec_from_file_location(Path(command).stem, ROOT / command)
+    assert spec is not None  # every .py file has one, with a loader
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.main
@@ -292,8 +294,9 @@ def _shown(analysis: Analysis) -> str:
 
 def _longest(cells: Sequence[Mapping[str, Any]]) -> str:
     """Return the files of the model of which there are most."""
-    written = [cell["files"] for cell in cells if cell["result"] == WORKS]
-    return ", ".join(max(written, key=len, default=[]))
+    written: list[list[str]] = [cell["files"] for cell in cells if cell["result"] == WORKS]
+    longest: list[str] = max(written, key=len, default=[])
+    return ", ".join(longest)
 
 
 def _refusals(

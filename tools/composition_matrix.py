@@ -27,13 +27,13 @@ def main(argv=None):
         "them takes minutes",
     )
     args = parser.parse_args(argv)
-    known = {head.name: head for head in HEADS}
+    by_name = {head.name: head for head in HEADS}
     for name in args.heads:
-        if name not in known:
+        if name not in by_name:
             raise UserError(
-                f"there is no head {name!r}{nearest(name, known)}; use {', '.join(known)}"
+                f"there is no head {name!r}{nearest(name, by_name)}; use {', '.join(by_name)}"
             )
-    heads = [known[name] for name in args.heads] or HEADS
+    heads = [by_name[name] for name in args.heads] or HEADS
     command = f"tools/composition_matrix.py --output {args.output}"
     if args.heads:
         command += " --heads " + " ".join(f'"{name}"' for name in args.heads)

@@ -136,7 +136,8 @@ class Demo:
         return outputs
 
     def _write_picture(self, source: Source, image: np.ndarray, output: dict) -> None:
-        self.results.add(source.name, *image.shape[:2], output)
+        height, width = image.shape[:2]
+        self.results.add(source.name, height, width, output)
         if "class_scores" in output:
             found = best_classes(output["class_scores"], self.metadata)
             classes = ", ".join(f"{name} {100 * score:.1f}%" for _, name, score in found)
@@ -161,7 +162,8 @@ class Demo:
                 for batch in self._batches(numbered):
                     for (number, image), output in zip(batch, self._predict(batch)):
                         name = f"{source.name}/{number:06d}"
-                        self.results.add(name, *image.shape[:2], output)
+                        height, width = image.shape[:2]
+                        self.results.add(name, height, width, output)
                         if self.is_drawing:
                             writer = writer or self._writer(source, video, image)
                             writer.write(draw(image, output, self.metadata))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from detectron2.data import MetadataCatalog
@@ -51,6 +51,7 @@ def from_dataset(args: argparse.Namespace) -> tuple[Iterator[dict[str, Any]], st
     if args.overrides:
         raise UserError(f"overrides {args.overrides} need --config-file")
     records = datasets.load(args.dataset)
+    mapper: Callable[[dict[str, Any]], dict[str, Any]]
     if "annotations" in records[0]:
         objects = [a for record in records for a in record["annotations"]]
         masks = bool(objects) and all("segmentation" in a for a in objects if not a.get("iscrowd"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from d2dense.data import datasets
 from d2dense.errors import ToolParser, UserError
@@ -14,6 +15,7 @@ from .subjects import DETECTORS, Subject, distinct_names, open_subject
 __all__ = [
     "add_data",
     "at_least_one",
+    "check_one_each",
     "custom_dataset",
     "distinct_config_names",
     "exactly_one",
@@ -110,13 +112,22 @@ def custom_dataset(args: argparse.Namespace) -> str | None:
     return datasets.register_custom({"analysis": given})["analysis"]
 
 
-def per_config(values: Sequence[str], flag: str, configs: Sequence[str]) -> list[str | None]:
-    """Return one value per config, None where the flag was not given at all."""
+def check_one_each(values: Sequence[Any], flag: str, configs: Sequence[str]) -> None:
+    """Require one value per config, or none at all.
+
+    Raises:
+        UserError: another number of them.
+    """
     if values and len(values) != len(configs):
         raise UserError(
             f"{flag} is given {len(values)} times for {len(configs)} --config-file; give it once "
             "for each, in the same order, or not at all"
         )
+
+
+def per_config(values: Sequence[str], flag: str, configs: Sequence[str]) -> list[str | None]:
+    """Return one value per config, None where the flag was not given at all."""
+    check_one_each(values, flag, configs)
     return list(values) if values else [None] * len(configs)
 
 

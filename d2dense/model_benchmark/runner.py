@@ -68,7 +68,7 @@ def run(
     *,
     kind: str,
     seconds: float,
-    save: Callable[[], None],
+    save: Callable[[], object],
     say: Callable[[str], None],
     worker: Sequence[str] = _WORKER,
 ) -> None:
@@ -109,7 +109,7 @@ class _Group:
         settings: Settings,
         results: Results,
         kind: str,
-        save: Callable[[], None],
+        save: Callable[[], object],
         say: Callable[[str], None],
         worker: Sequence[str],
     ):

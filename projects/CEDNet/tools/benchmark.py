@@ -142,7 +142,7 @@ def main(argv=None) -> None:
     args = parser.parse_args(argv)
     compiled = {k: v for k, v in COMPILED.items() if not args.no_compile or v[1] == "TorchScript"}
     few = max(args.rounds // 3, 1)
-    groups = {
+    groups: dict[str, tuple[dict, int]] = {
         "CEDNet-NeXt-T": (NETWORKS, args.rounds),
         "Styles and token mixers": ({BASELINE: NETWORKS[BASELINE], **OTHERS}, few),
         # last: a process that has compiled something may not measure memory any more

@@ -111,13 +111,7 @@ def macs_and_memory(call: Callable) -> tuple[int, int]:
     """
     with FlopCounterMode(display=False, custom_mapping=_ATTENTION) as counter:
         call()  # first: an optimizer's first step makes what it keeps
-    if torch.cuda.is_available():
-        return counter.get_total_flops() // 2, benchmark.peak_memory(call)
-    benchmark.restart_process_peak()
-    before = benchmark.process_memory("VmRSS")
-    call()
-    peak = benchmark.process_memory("VmHWM") - before
-    return counter.get_total_flops() // 2, peak
+    return counter.get_total_flops() // 2, benchmark.peak_memory(call, forked=False)
 
 
 def rows_of(
@@ -207,7 +201,12 @@ def _matchings(model: nn.Module, images: list[dict[str, Any]]) -> dict[str, Call
     """Return the matching of a step, all at once and for one layer and image at a time."""
     matcher, sets = model.criterion.matcher, []
     match = matcher.match
-    with mock.patch.object(matcher, "match", lambda given: sets.extend(given) or match(given)):
+
+    def keep(given: list) -> Any:
+        sets.extend(given)
+        return match(given)
+
+    with mock.patch.object(matcher, "match", keep):
         model.train()(images)
     sets = [(logits.detach(), boxes.detach(), targets) for logits, boxes, targets in sets]
 
@@ -259,8 +258,10 @@ def measure_shares(name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     images, rows = inputs(args), {}
     for mode in ("inference", "training"):
         model, watch = build(name, 2, args.device), Stopwatch()
-        make = training_step if mode == "training" else inference
-        call = make(model, images, watch) if mode == "training" else make(model, images)
+        if mode == "training":
+            call = training_step(model, images, watch)
+        else:
+            call = inference(model, images)
         follow(model, watch)
         suppress = watch.timed(selection.soft_nms, "soft suppression")
         with mock.patch.object(selection, "soft_nms", suppress):

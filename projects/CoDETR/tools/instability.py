@@ -44,11 +44,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     dataset = command.custom_dataset(args)
-    weights = command.per_config(args.weights, "--weights", args.config_file)
+    command.check_one_each(args.weights, "--weights", args.config_file)
     names = command.distinct_config_names(args)
     options = {"overrides": args.overrides, "device": args.device}
     runs, tested, records = {}, "", None
-    for config, files, name in zip(args.config_file, weights, names):
+    for config, files, name in zip(args.config_file, args.weights, names):
         runs[name] = {}
         for file in files:
             subject = open_subject(config, weights=file, dataset=dataset, **options)

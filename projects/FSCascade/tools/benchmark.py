@@ -88,7 +88,8 @@ def inference(model, batch):
 
 def measure(mode: str, args: argparse.Namespace) -> list[dict]:
     """Return one row per variant for ``train`` or ``inference``."""
-    batch = make_batch(*args.size, 2000 if mode == "train" else 1000, args.device)
+    height, width = args.size
+    batch = make_batch(height, width, 2000 if mode == "train" else 1000, args.device)
     make = training_step if mode == "train" else inference
     calls = {name: make(build(items, args.device), batch) for name, items in VARIANTS.items()}
     rows = benchmark.compare(calls, baseline=BASELINE, rounds=args.rounds, label="heads")
