@@ -39,6 +39,7 @@ def same_draws_every_time():
 
 # What a process of a run imports before it begins.
 IMPORTED = ["d2dense.engine.train_net", "cednet", "codetr", "fscascade", "hfgd"]
+IMPORTED += ["tests.stuck_processes"]
 
 
 @pytest.fixture(scope="session", autouse=True)

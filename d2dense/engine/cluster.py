@@ -22,6 +22,8 @@ class ProcessEnv:
         rank, world_size: over all machines.
         local_rank, local_size: on this machine.
         init_method: where the processes meet.
+        hosted: whether the process that started this one already keeps a store there; otherwise
+            rank 0 does.
     """
 
     rank: int
@@ -29,6 +31,7 @@ class ProcessEnv:
     local_rank: int
     local_size: int
     init_method: str
+    hosted: bool = False
 
     def __post_init__(self) -> None:
         if not (0 <= self.rank < self.world_size and 0 <= self.local_rank < self.local_size):

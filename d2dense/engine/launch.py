@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import socket
 from argparse import Namespace
 from collections.abc import Callable
 from datetime import timedelta
@@ -39,6 +38,7 @@ GRACE_SECONDS = 5.0
 _USER_ERROR_CODE = 2
 # A forked process cannot use CUDA, which this one may have used.
 _START_METHOD = "spawn"
+_HERE = "127.0.0.1"
 
 
 class ProcessDied(UserError):
@@ -85,7 +85,9 @@ def launch(
     if world_size == 1:
         main(args)
         return
-    _spawn(main, args, world_size, _meeting_point(args), join_timeout)
+    store = _hosted_store(args)  # lives until the processes have ended
+    place = args.dist_url if store is None else f"tcp://{_HERE}:{store.port}"
+    _spawn(main, args, world_size, place, store is not None, join_timeout)
 
 
 def _check(args: Namespace, world_size: int) -> None:
@@ -106,18 +108,20 @@ def _check(args: Namespace, world_size: int) -> None:
         )
 
 
-def _meeting_point(args: Namespace) -> str:
+def _hosted_store(args: Namespace) -> dist.TCPStore | None:
+    """Return the meeting point of a run on this machine alone, None for one that the user names.
+
+    It is kept by this process, which alone knows a port to be free: it has it.
+    """
     if args.dist_url != "auto":
         check_url(args.dist_url)
-        return args.dist_url
+        return None
     if args.num_machines > 1:
         raise UserError(
             "several machines need a place to meet: give all of them "
             "--dist-url tcp://<host of machine 0>:<free port>"
         )
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return f"tcp://127.0.0.1:{probe.getsockname()[1]}"
+    return dist.TCPStore(_HERE, 0, is_master=True, wait_for_workers=False)
 
 
 def _spawn(
@@ -125,6 +129,7 @@ def _spawn(
     args: Namespace,
     world_size: int,
     init_method: str,
+    hosted: bool,
     join_timeout: timedelta,
 ) -> None:
     endings = mp.get_context(_START_METHOD).SimpleQueue()
@@ -133,7 +138,7 @@ def _spawn(
     context = mp.start_processes(
         _worker,
         nprocs=args.num_gpus,
-        args=(main, args, world_size, init_method, join_timeout, endings),
+        args=(main, args, world_size, init_method, hosted, join_timeout, endings),
         join=False,
         start_method=_START_METHOD,
     )
@@ -191,6 +196,7 @@ def _worker(
     args: Namespace,
     world_size: int,
     init_method: str,
+    hosted: bool,
     join_timeout: timedelta,
     endings,
 ) -> None:
@@ -200,6 +206,7 @@ def _worker(
         local_rank=local_rank,
         local_size=args.num_gpus,
         init_method=init_method,
+        hosted=hosted,
     )
     try:
         with _ProcessGroup(place, args.device, join_timeout):

@@ -50,7 +50,7 @@ def meet(place: ProcessEnv, *, timeout: timedelta) -> dist.Store:
     address = _address(place.init_method)
     if address is not None:
         # Asked here first: PyTorch's own answer is a page of C++ frames.
-        if place.rank == 0 and not _is_agents():
+        if place.rank == 0 and not (place.hosted or _is_agents()):
             _check_free(*address)
         else:
             _wait_for(*address, place=place, timeout=timeout)
@@ -59,10 +59,7 @@ def meet(place: ProcessEnv, *, timeout: timedelta) -> dist.Store:
 
     def rendezvous() -> None:
         try:
-            store, *_ = next(
-                dist.rendezvous(place.init_method, place.rank, place.world_size, timeout=timeout)
-            )
-            found.append(store)
+            found.append(_store(place, address, timeout))
         except (dist.DistError, RuntimeError, ValueError, OSError) as error:
             errors.append(error)
 
@@ -78,6 +75,15 @@ def meet(place: ProcessEnv, *, timeout: timedelta) -> dist.Store:
         f"{_name(place.init_method)}: {reason}; start all machines with the same --dist-url and "
         "--num-machines, each with its own --machine-rank (or one torchrun or srun for all)"
     )
+
+
+def _store(place: ProcessEnv, address: tuple[str, int] | None, timeout: timedelta) -> dist.Store:
+    if place.hosted and address is not None:
+        return dist.TCPStore(*address, place.world_size, is_master=False, timeout=timeout)
+    store, *_ = next(
+        dist.rendezvous(place.init_method, place.rank, place.world_size, timeout=timeout)
+    )
+    return store
 
 
 def _address(init_method: str) -> tuple[str, int] | None:
