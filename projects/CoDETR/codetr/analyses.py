@@ -22,6 +22,7 @@ from d2dense.modeling.detr.targets import image_size_tensor
 
 from .auxiliary import AuxiliaryHead
 from .heads import FasterRCNNHead
+from .heads.boxes import centres
 from .heads.dense import flatten_levels
 from .meta_arch import CoDETR
 
@@ -135,8 +136,7 @@ def customised_positives(
             _, candidates = head.losses(maps, [framed])
         positive = candidates.usable[0] & (candidates.labels[0] != model.num_classes)
         boxes, targets = candidates.boxes[0, positive], candidates.targets[0, positive]
-        centres = (boxes[:, :2] + boxes[:, 2:]) / 2
-        found.append((centres, _nearest(targets, given.gt_boxes.tensor)))
+        found.append((centres(boxes), _nearest(targets, given.gt_boxes.tensor)))
     return found
 
 

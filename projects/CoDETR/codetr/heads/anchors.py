@@ -67,6 +67,10 @@ class CellAnchors(DefaultAnchorGenerator):
             levels.append((corners + cell).flatten(0, 1))
         return levels
 
+    def strides_of(self, levels: Sequence[Tensor]) -> Tensor:
+        """Return the stride of each anchor of :meth:`of`, ``(A,)``."""
+        return torch.cat([each.new_full((len(each),), s) for each, s in zip(levels, self.strides)])
+
 
 def inside_images(
     maps: Sequence[Tensor], strides: Sequence[int], sizes: Tensor, *, per_cell: int = 1

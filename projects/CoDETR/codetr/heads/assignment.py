@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .boxes import centres, sides
 from .objects import Objects, chunks, paired_iou
 
 __all__ = ["ATSSAssigner", "Assignment", "IoUAssigner"]
@@ -129,11 +130,10 @@ class ATSSAssigner:
         each.
         """
         boxes, there = objects.boxes[:, part], objects.there[:, part, None]
-        centre = (boxes[..., :2] + boxes[..., 2:]) / 2
+        middle = centres(boxes)
         chosen, valid, first = [], [], 0
         for level in anchors:
-            centres = (level[:, :2] + level[:, 2:]) / 2
-            distance = (centres - centre[:, :, None]).pow(2).sum(dim=-1).sqrt()  # (N, g, Al)
+            distance = (centres(level) - middle[:, :, None]).pow(2).sum(dim=-1).sqrt()  # (N, g, Al)
             allowed = inside[:, None, first : first + len(level)]
             distance = distance.masked_fill(~allowed, torch.inf)
             count = min(self.candidates, len(level))
@@ -148,7 +148,6 @@ class ATSSAssigner:
         mean = (iou * valid).sum(dim=2, keepdim=True) / number.clamp(min=1)
         variance = ((iou - mean).pow(2) * valid).sum(dim=2, keepdim=True)
         threshold = mean + (variance / (number - 1).clamp(min=1)).sqrt()
-        centres = (ours[..., :2] + ours[..., 2:]) / 2
-        sides = torch.cat([centres - boxes[:, :, None, :2], boxes[:, :, None, 2:] - centres], -1)
-        positive = valid & (iou >= threshold) & (sides.amin(dim=-1) > self.margin)
+        nearest_side = sides(centres(ours), boxes[:, :, None]).amin(dim=-1)
+        positive = valid & (iou >= threshold) & (nearest_side > self.margin)
         return index, iou, positive

@@ -19,7 +19,7 @@ from d2dense.modeling.box_regression import giou_loss
 from .anchor_head import AnchorHead
 from .anchors import CellAnchors
 from .assignment import Assignment, ATSSAssigner
-from .boxes import BoxCoder
+from .boxes import BoxCoder, centres
 from .dense import (
     LevelScales,
     Tower,
@@ -158,7 +158,7 @@ def centerness(anchors: Tensor, boxes: Tensor) -> Tensor:
     Args:
         anchors, boxes: ``(..., 4)``, xyxy
     """
-    centres = (anchors[..., :2] + anchors[..., 2:]) / 2
-    before, behind = centres - boxes[..., :2], boxes[..., 2:] - centres
+    middle = centres(anchors)
+    before, behind = middle - boxes[..., :2], boxes[..., 2:] - middle
     ratio = torch.minimum(before, behind) / torch.maximum(before, behind).clamp(min=1e-6)
     return ratio.clamp(min=0).prod(dim=-1).sqrt()

@@ -1,4 +1,4 @@
-"""The box coder of all heads that move anchors or proposals."""
+"""Geometry of boxes, and the box coder of all heads that move anchors or proposals."""
 
 from __future__ import annotations
 
@@ -10,12 +10,29 @@ from torch import Tensor
 
 from d2dense.modeling.box_regression import encode
 
-__all__ = ["BoxCoder", "clip"]
+__all__ = ["BoxCoder", "boxes_around", "centres", "clip", "sides"]
 
 
 def clip(boxes: Tensor, limits: Tensor) -> Tensor:
     """Clip xyxy boxes ``(..., 4)`` to (width, height, width, height) ``(..., 4)``."""
     return torch.minimum(boxes.clamp(min=0), limits)
+
+
+def centres(boxes: Tensor) -> Tensor:
+    """Return the centres ``(..., 2)``, x and y, of xyxy boxes ``(..., 4)``."""
+    return (boxes[..., :2] + boxes[..., 2:]) / 2
+
+
+def sides(points: Tensor, boxes: Tensor) -> Tensor:
+    """Return how far left, top, right and bottom of xyxy ``boxes`` ``(..., 4)`` are from ``points``
+    ``(..., 2)`` inside, ``(..., 4)``; below 0 where a point is outside.
+    """
+    return torch.cat([points - boxes[..., :2], boxes[..., 2:] - points], dim=-1)
+
+
+def boxes_around(points: Tensor, distances: Tensor) -> Tensor:
+    """Return the boxes whose :func:`sides` are at ``distances``."""
+    return torch.cat([points - distances[..., :2], points + distances[..., 2:]], dim=-1)
 
 
 class BoxCoder:

@@ -24,6 +24,7 @@ from ..auxiliary import Candidates
 from .anchors import CellAnchors
 from .assignment import Assignment
 from .atss import centerness
+from .boxes import boxes_around, centres, sides
 from .dense import DenseHead, average_factor, flatten_levels, focal_sum
 from .objects import Objects, chunks, pad_objects
 
@@ -118,7 +119,7 @@ class FCOSHead(DenseHead):
         positive, labels = assignment.positive, assignment.labels(objects, self.num_classes)
         targets = assignment.targets(objects, squares)
         central = centerness(squares, targets) * positive
-        overlap = giou_loss(_boxes_around(points, distances * strides[:, None]), targets) * central
+        overlap = giou_loss(boxes_around(points, distances * strides[:, None]), targets) * central
         rated = F.binary_cross_entropy_with_logits(ratings, central, reduction="none") * positive
         number = average_factor(positive.sum())
         focal = focal_sum(logits, labels, self.counted(objects))
@@ -140,17 +141,14 @@ class FCOSHead(DenseHead):
         """See :class:`DenseHead`; ratings are the centerness."""
         logits, distances, ratings = self.predict(maps)
         _, points, strides = self._grid(maps)
-        boxes = _boxes_around(points, distances * strides[:, None])
+        boxes = boxes_around(points, distances * strides[:, None])
         return logits.sigmoid(), boxes, ratings.sigmoid()
 
     def _grid(self, maps: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Return squares ``(A, 4)``, xyxy, points ``(A, 2)`` and strides ``(A,)``, in pixels."""
         levels = self.anchors.of(maps)
         squares = torch.cat(levels)
-        strides = torch.cat(
-            [squares.new_full((len(level),), s) for level, s in zip(levels, self.strides)]
-        )
-        return squares, (squares[:, :2] + squares[:, 2:]) / 2, strides
+        return squares, centres(squares), self.anchors.strides_of(levels)
 
     def _reaches(self, maps: Sequence[Tensor], like: Tensor) -> Tensor:
         """Return how far the farthest side of an object may be, above and up to, ``(A, 2)``."""
@@ -184,10 +182,10 @@ def assign_points(
     index = torch.zeros(shape, dtype=torch.int64, device=points.device)
     for part in chunks(objects, 4 * len(points)):
         boxes = objects.boxes[:, part, None]  # (N, G, 1, 4)
-        sides = _sides(points, boxes)
-        off_centre = (points - (boxes[..., :2] + boxes[..., 2:]) / 2).abs().amax(dim=-1)
-        farthest = sides.amax(dim=-1)
-        fits = (sides.amin(dim=-1) > 0) & (off_centre < radius * strides)
+        distances = sides(points, boxes)
+        off_centre = (points - centres(boxes)).abs().amax(dim=-1)
+        farthest = distances.amax(dim=-1)
+        fits = (distances.amin(dim=-1) > 0) & (off_centre < radius * strides)
         fits &= (farthest > reaches[:, 0]) & (farthest <= reaches[:, 1])
         fits &= objects.there[:, part, None]
         areas = (boxes[..., 2:] - boxes[..., :2]).prod(dim=-1)
@@ -196,12 +194,3 @@ def assign_points(
         smallest = torch.minimum(area, smallest)
     positive = smallest < math.inf
     return Assignment(matched=index, positive=positive, negative=~positive)
-
-
-def _sides(points: Tensor, boxes: Tensor) -> Tensor:
-    """Return the distances of points to the left, top, right and bottom sides of boxes."""
-    return torch.cat([points - boxes[..., :2], boxes[..., 2:] - points], dim=-1)
-
-
-def _boxes_around(points: Tensor, sides: Tensor) -> Tensor:
-    return torch.cat([points - sides[..., :2], points + sides[..., 2:]], dim=-1)

@@ -18,6 +18,7 @@ from d2dense.modeling.detr.criterion import quality_focal_loss
 from .anchor_head import AnchorHead
 from .anchors import CellAnchors
 from .assignment import Assignment, ATSSAssigner
+from .boxes import boxes_around, centres, sides
 from .dense import (
     LevelScales,
     Tower,
@@ -109,18 +110,18 @@ class GFLHead(AnchorHead):
         targets = assignment.targets(objects, anchors)
 
         logits, distances = self.predict(maps)
-        units = _units(levels, self.strides)
+        units = self.anchors.strides_of(levels)[:, None]
         boxes = _boxes(anchors, distances, units)
         with torch.no_grad():
             weight = logits.sigmoid().amax(dim=-1) * positive
             quality = paired_iou(boxes, targets)[..., None] * _one_hot(labels, self.num_classes)
-            sides = _sides(anchors, targets) / units
+            wanted = sides(centres(anchors), targets) / units
         number = average_positives(positive)
         total = average_factor(weight.sum())
         focal = quality_focal_loss(logits, quality)
         focal = sum_over_classes(focal, self.counted(objects)) * inside
         overlap = giou_loss(boxes, targets) * weight
-        spread = distribution_loss(distances, sides).mean(dim=-1) * weight
+        spread = distribution_loss(distances, wanted).mean(dim=-1) * weight
         losses = {
             "loss_cls": self.class_weight * focal.sum() / number,
             "loss_bbox": self.giou_weight * overlap.sum() / total,
@@ -132,7 +133,8 @@ class GFLHead(AnchorHead):
         """See :class:`DenseHead`."""
         logits, distances = self.predict(maps)
         levels = self.anchors.of(maps)
-        boxes = _boxes(torch.cat(levels), distances, _units(levels, self.strides))
+        units = self.anchors.strides_of(levels)[:, None]
+        boxes = _boxes(torch.cat(levels), distances, units)
         return logits.sigmoid(), boxes, None
 
 
@@ -155,23 +157,11 @@ def distribution_loss(logits: Tensor, values: Tensor) -> Tensor:
 
 def _boxes(anchors: Tensor, distances: Tensor, units: Tensor) -> Tensor:
     """Return the boxes ``(N, A, 4)``, xyxy in pixels, at the mean distances from the anchors'
-    centres.
+    centres, which are given in ``units`` ``(A, 1)``.
     """
     numbers = torch.arange(distances.shape[-1], device=distances.device, dtype=distances.dtype)
-    sides = (distances.softmax(dim=-1) * numbers).sum(dim=-1) * units
-    centres = (anchors[:, :2] + anchors[:, 2:]) / 2
-    return torch.cat([centres - sides[..., :2], centres + sides[..., 2:]], dim=-1)
-
-
-def _sides(anchors: Tensor, boxes: Tensor) -> Tensor:
-    """Return how far the anchors' centres are from left, top, right and bottom of boxes."""
-    centres = (anchors[:, :2] + anchors[:, 2:]) / 2
-    return torch.cat([centres - boxes[..., :2], boxes[..., 2:] - centres], dim=-1)
-
-
-def _units(levels: Sequence[Tensor], strides: Sequence[int]) -> Tensor:
-    """Return the stride of each anchor, ``(A, 1)``."""
-    return torch.cat([each.new_full((len(each), 1), s) for each, s in zip(levels, strides)])
+    means = (distances.softmax(dim=-1) * numbers).sum(dim=-1)
+    return boxes_around(centres(anchors), means * units)
 
 
 def _one_hot(labels: Tensor, num_classes: int) -> Tensor:
