@@ -7,6 +7,7 @@ Letters: N images, R regions over all images, K foreground classes, C channels, 
 from collections.abc import Sequence
 
 import torch
+from detectron2.layers import ShapeSpec
 from detectron2.modeling.matcher import Matcher
 from detectron2.modeling.poolers import ROIPooler
 from detectron2.modeling.roi_heads import StandardROIHeads
@@ -98,6 +99,12 @@ class BatchedCascadeROIHeads(StandardROIHeads):
                 pooler_type=box_head.POOLER_TYPE,
             ),
         }
+
+    @staticmethod
+    def _pooled_shape(input_shape, in_features: Sequence[str], side: int) -> ShapeSpec:
+        """Return the shape of what is pooled from maps of one width to ``side`` x ``side``."""
+        channels = input_shape[in_features[0]].channels
+        return ShapeSpec(channels=channels, height=side, width=side)
 
     def forward(
         self,

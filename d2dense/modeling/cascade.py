@@ -9,7 +9,6 @@ from collections.abc import Sequence, Sized
 
 import torch
 from detectron2.config import CfgNode, configurable
-from detectron2.layers import ShapeSpec
 from detectron2.modeling.poolers import ROIPooler
 from detectron2.modeling.roi_heads import (
     ROI_HEADS_REGISTRY,
@@ -190,9 +189,9 @@ class FlexibleCascadeROIHeads(BatchedCascadeROIHeads):
                 "MODEL.ROI_BOX_CASCADE_HEAD.STAGE_LOSS_WEIGHTS": cascade.STAGE_LOSS_WEIGHTS,
             },
         )
-        side = box_head.POOLER_RESOLUTION
-        channels = input_shape[cfg.MODEL.ROI_HEADS.IN_FEATURES[0]].channels
-        shape = ShapeSpec(channels=channels, height=side, width=side)
+        shape = cls._pooled_shape(
+            input_shape, cfg.MODEL.ROI_HEADS.IN_FEATURES, box_head.POOLER_RESOLUTION
+        )
         heads = [build_box_head(cfg, shape) for _ in cascade.IOUS]
         predictors = [  # after all heads, as lazy configs draw initial weights
             RegionPredictor(
@@ -212,8 +211,7 @@ class FlexibleCascadeROIHeads(BatchedCascadeROIHeads):
         arguments = super()._init_mask_head(cfg, input_shape)
         if arguments and cfg.MODEL.ROI_MASK_HEAD.PER_STAGE:
             side = cfg.MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION
-            channels = input_shape[arguments["mask_in_features"][0]].channels
-            shape = ShapeSpec(channels=channels, height=side, width=side)
+            shape = cls._pooled_shape(input_shape, arguments["mask_in_features"], side)
             others = [build_mask_head(cfg, shape) for _ in cfg.MODEL.ROI_BOX_CASCADE_HEAD.IOUS[1:]]
             arguments["mask_head"] = StageMaskHeads([arguments["mask_head"], *others])
         return arguments

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from d2dense.errors import UserError
 from d2dense.layers import is_recorded, join_windows, padded_to_multiple, split_windows
 
-__all__ = ["EVA02ViT", "MapAttention", "rotary_table"]
+__all__ = ["EVA02ViT", "MapAttention", "common_arguments", "rotary_table"]
 
 _FEATURE = "res4"
 _FREQUENCIES = 10000.0
@@ -150,16 +150,8 @@ class EVA02ViT(Backbone):
     def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict[str, Any]:
         node = cfg.MODEL.VIT
         return {
-            "channels": node.CHANNELS,
-            "depth": node.DEPTH,
-            "heads": node.HEADS,
-            "patch": node.PATCH,
-            "mlp_ratio": node.MLP_RATIO,
-            "window": node.WINDOW,
-            "global_blocks": node.GLOBAL_BLOCKS,
-            "position_side": node.POSITION_SIDE,
+            **common_arguments(cfg),
             "rotary_side": node.ROTARY_SIDE,
-            "drop_path_rate": node.DROP_PATH,
             "size_divisibility": node.SIZE_DIVISIBILITY,
         }
 
@@ -211,6 +203,22 @@ class EVA02ViT(Backbone):
         if name.startswith("blocks."):
             return int(name.split(".")[1]) + 1
         return None
+
+
+def common_arguments(cfg: CfgNode) -> dict[str, Any]:
+    """Return the arguments that all vision transformers take from ``MODEL.VIT``."""
+    node = cfg.MODEL.VIT
+    return {
+        "channels": node.CHANNELS,
+        "depth": node.DEPTH,
+        "heads": node.HEADS,
+        "patch": node.PATCH,
+        "mlp_ratio": node.MLP_RATIO,
+        "window": node.WINDOW,
+        "global_blocks": node.GLOBAL_BLOCKS,
+        "position_side": node.POSITION_SIDE,
+        "drop_path_rate": node.DROP_PATH,
+    }
 
 
 def _check(

@@ -18,6 +18,8 @@ from torch import nn
 
 from d2dense.errors import UserError
 
+from .vit import common_arguments
+
 __all__ = ["ViTDet"]
 
 
@@ -85,19 +87,7 @@ class ViTDet(ViT):
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict[str, Any]:
-        node = cfg.MODEL.VIT
-        return {
-            "channels": node.CHANNELS,
-            "depth": node.DEPTH,
-            "heads": node.HEADS,
-            "patch": node.PATCH,
-            "mlp_ratio": node.MLP_RATIO,
-            "window": node.WINDOW,
-            "global_blocks": node.GLOBAL_BLOCKS,
-            "position_side": node.POSITION_SIDE,
-            "image_size": node.IMAGE_SIZE,
-            "drop_path_rate": node.DROP_PATH,
-        }
+        return {**common_arguments(cfg), "image_size": cfg.MODEL.VIT.IMAGE_SIZE}
 
     @property
     def size_divisibility(self) -> int:

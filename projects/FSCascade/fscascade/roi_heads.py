@@ -9,7 +9,6 @@ from collections.abc import Sequence
 
 import torch
 from detectron2.config import configurable
-from detectron2.layers import ShapeSpec
 from detectron2.modeling.poolers import ROIPooler
 from detectron2.modeling.roi_heads import ROI_HEADS_REGISTRY, build_box_head
 from detectron2.structures import Instances
@@ -139,9 +138,7 @@ class FSCascadeROIHeads(BatchedCascadeROIHeads):
         cascade = cfg.MODEL.ROI_BOX_CASCADE_HEAD
         in_features = cfg.MODEL.ROI_HEADS.IN_FEATURES
         check_config(cfg)
-        pooled_shape = ShapeSpec(
-            channels=input_shape[in_features[0]].channels, height=side, width=side
-        )
+        pooled_shape = cls._pooled_shape(input_shape, in_features, side)
         conv_head = node.LFS or node.CONV_HEAD
         heads = [build_box_head(cfg, pooled_shape) for _ in cascade.IOUS]
         predictors = [
