@@ -22,7 +22,7 @@ from d2dense.errors import UserError
 from . import datasets
 from .reading import SampleError, be_strict, read_image, read_size
 
-__all__ = ["ImageFile", "Report", "check_dataset", "check_images"]
+__all__ = ["ImageFile", "Report", "check_dataset", "check_images", "load_records"]
 
 LEVELS = ("error", "warning", "note")
 _EXAMPLES = 5
@@ -190,6 +190,17 @@ def check_images(
     return sizes
 
 
+def load_records(report: Report) -> Sequence[dict[str, Any]]:
+    """Return the records of the registered dataset ``report`` is of; none, and an error in the
+    report, where it cannot be read.
+    """
+    try:
+        return datasets.load(report.name)
+    except UserError as error:
+        report.add("error", "the dataset cannot be read", str(error))
+        return []
+
+
 def check_dataset(
     name: str, *, masks: bool | None = None, decode: bool = True, workers: int = 4
 ) -> Report:
@@ -240,10 +251,8 @@ def _check_records(name: str, *, decode: bool, workers: int) -> Report:
     from . import check_coco, check_semantic
 
     report = Report(name)
-    try:
-        records = datasets.load(name)
-    except UserError as error:
-        report.add("error", "the dataset cannot be read", str(error))
+    records = load_records(report)
+    if not records:
         return report
     metadata = MetadataCatalog.get(name)
     if "sem_seg_file_name" in records[0] and "annotations" not in records[0]:

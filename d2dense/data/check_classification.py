@@ -7,10 +7,8 @@ from collections import Counter
 
 from detectron2.data import MetadataCatalog
 
-from d2dense.errors import UserError
-
-from . import datasets, image_folder
-from .check import ImageFile, Report, check_images
+from . import image_folder
+from .check import ImageFile, Report, check_images, load_records
 from .classes import dataset_classes
 
 __all__ = ["check_class_folders"]
@@ -21,10 +19,8 @@ def check_class_folders(name: str, *, decode: bool = True, workers: int = 4) -> 
     :func:`d2dense.data.check.check_images`.
     """
     report = Report(name)
-    try:
-        records = datasets.load(name)
-    except UserError as error:
-        report.add("error", "the dataset cannot be read", str(error))
+    records = load_records(report)
+    if not records:
         return report
     classes = dataset_classes(name, "image")
     labels = Counter(record["label"] for record in records)
