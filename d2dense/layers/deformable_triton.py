@@ -70,6 +70,27 @@ def _launch(kernel, value: Tensor, shapes: Shapes, locations: Tensor, weights: T
 
 
 @triton.jit
+def _rows_of_program(
+    rows,
+    queries,
+    positions,
+    HEADS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    ROWS: tl.constexpr,
+    PADDED: tl.constexpr,
+):
+    """Return the program's rows of (N, Q, M), which of them there are, the offsets of their
+    channels in (N, Q, M, D) and, without the position, in (N, S, M, D), and which channels there
+    are.
+    """
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    channel = tl.arange(0, PADDED)[None, :]
+    image = row // HEADS // queries
+    begin = ((image * positions * HEADS + row % HEADS) * CHANNELS)[:, None] + channel
+    return row, row < rows, (row * CHANNELS)[:, None] + channel, begin, channel < CHANNELS
+
+
+@triton.jit
 def _unpack(size):
     return (size.to(tl.int64) >> 32).to(tl.int32), size.to(tl.int32)
 
@@ -130,11 +151,10 @@ def _read(
     PADDED: tl.constexpr,
 ):
     sizes = (size0, size1, size2, size3, size4, size5, size6, size7)
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # of (N, Q, M)
-    channel = tl.arange(0, PADDED)[None, :]
-    real, exists = row < rows, channel < CHANNELS
-    image = row // HEADS // queries
-    values = value + ((image * positions * HEADS + row % HEADS) * CHANNELS)[:, None] + channel
+    row, real, outputs, begin, exists = _rows_of_program(
+        rows, queries, positions, HEADS, CHANNELS, ROWS, PADDED
+    )
+    values = value + begin
     total = tl.zeros((ROWS, PADDED), dtype=tl.float32)
     first = tl.full((), 0, tl.int64)
     for level in tl.static_range(LEVELS):
@@ -150,8 +170,7 @@ def _read(
                 read = tl.load(values + place, mask=inside & exists, other=0.0).to(tl.float32)
                 total += (share * weight)[:, None] * read
         first += height.to(tl.int64) * width
-    target = result + (row * CHANNELS)[:, None] + channel
-    tl.store(target, total.to(result.dtype.element_ty), mask=real[:, None] & exists)
+    tl.store(result + outputs, total.to(result.dtype.element_ty), mask=real[:, None] & exists)
 
 
 @triton.jit
@@ -219,13 +238,10 @@ def _spread(
     PADDED: tl.constexpr,
 ):
     sizes = (size0, size1, size2, size3, size4, size5, size6, size7)
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # of (N, Q, M)
-    channel = tl.arange(0, PADDED)[None, :]
-    real, exists = row < rows, channel < CHANNELS
-    image = row // HEADS // queries
-    begin = ((image * positions * HEADS + row % HEADS) * CHANNELS)[:, None] + channel
-    source = grad + (row * CHANNELS)[:, None] + channel
-    own = tl.load(source, mask=real[:, None] & exists, other=0.0).to(tl.float32)
+    row, real, outputs, begin, exists = _rows_of_program(
+        rows, queries, positions, HEADS, CHANNELS, ROWS, PADDED
+    )
+    own = tl.load(grad + outputs, mask=real[:, None] & exists, other=0.0).to(tl.float32)
     first = tl.full((), 0, tl.int64)
     for level in tl.static_range(LEVELS):
         height, width = _unpack(sizes[level])
