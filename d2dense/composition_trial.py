@@ -120,7 +120,8 @@ def config_of(source: Source, head: Head, kind: str, *, imports: str = "") -> Cf
     setup, small = source.setup.get(kind, ""), head.small.get(kind, "")
     if kind == "lazy":
         cfg = model_zoo.get_config(head.recipe, "lazy")
-        # as a .py config, these lines are code; they come from this repository
+        # run as the tables print them, so that what a reader copies is what was tried; they are
+        # constants of composition_cells, and nothing that a user gives gets here
         exec("\n".join([imports, setup, swap, small]), {"model": cfg.model})
         return cfg
     recipe = model_zoo.get_config_file(head.recipe, "yaml")
