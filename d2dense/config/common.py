@@ -253,6 +253,10 @@ def sgd(
 ) -> DictConfig:
     """Return an SGD node; norm layers are not decayed. Its ``params.model`` is set by the
     launcher.
+
+    Args:
+        lr: at the height of the schedule, for the recipe's batch size.
+        momentum, weight_decay, nesterov: as in ``torch.optim.SGD``.
     """
     return L(torch.optim.SGD)(
         params=L(param_groups)(
@@ -315,7 +319,15 @@ def multistep(
     warmup_factor: float = 0.001,
     warmup_method: str = "linear",
 ) -> DictConfig:
-    """Return a schedule that multiplies the lr by ``gamma`` at every milestone (iterations)."""
+    """Return a schedule that multiplies the lr by ``gamma`` at every milestone.
+
+    Args:
+        milestones: in iterations.
+        max_iter: length of the run.
+        warmup_iters: at the beginning, during which the lr rises; 0: none.
+        warmup_factor: of the lr where it begins.
+        warmup_method: ``linear``, or ``constant`` until it ends.
+    """
     scheduler = L(MultiStepParamScheduler)(
         values=[gamma**k for k in range(len(milestones) + 1)],
         milestones=list(milestones),
@@ -332,7 +344,11 @@ def cosine(
     warmup_factor: float = 0.001,
     warmup_method: str = "linear",
 ) -> DictConfig:
-    """Return a half-cosine from 1 down to ``end_factor``."""
+    """Return a half-cosine over the run from 1 down to ``end_factor``.
+
+    Args:
+        max_iter, warmup_iters, warmup_factor, warmup_method: see :func:`multistep`.
+    """
     scheduler = L(CosineParamScheduler)(start_value=1.0, end_value=end_factor)
     return _warmed_up(scheduler, max_iter, warmup_iters, warmup_factor, warmup_method)
 
@@ -346,6 +362,11 @@ def cosine_after_warmup(
 ) -> DictConfig:
     """Return a linear rise to 1 over ``warmup_iters``, then a half-cosine over the rest: the cosine
     of image classifiers. (That of :func:`cosine` begins with the warm-up, as Detectron2's.)
+
+    Args:
+        max_iter: length of the run.
+        end_factor: where the cosine ends.
+        warmup_factor: where the rise begins.
     """
     return L(CosineAfterWarmup)(
         warmup_length=min(warmup_iters / max_iter, 1.0),
@@ -363,6 +384,10 @@ def poly(
     warmup_factor: float = 0.001,
     warmup_method: str = "linear",
 ) -> DictConfig:
-    """Return ``(1 - t / max_iter) ** power`` down to ``end_factor``."""
+    """Return ``(1 - t / max_iter) ** power`` down to ``end_factor``.
+
+    Args:
+        max_iter, warmup_iters, warmup_factor, warmup_method: see :func:`multistep`.
+    """
     scheduler = L(PolyParamScheduler)(power=power, end_factor=end_factor)
     return _warmed_up(scheduler, max_iter, warmup_iters, warmup_factor, warmup_method)

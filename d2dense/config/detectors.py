@@ -133,6 +133,10 @@ def _fpn(
 def retinanet(*, backbone: DictConfig, num_classes: int = 80, channels: int = 256) -> DictConfig:
     """Return RetinaNet on levels ``p3`` to ``p7`` of ``backbone``; L1 loss on deltas, divided by
     the positives of the batch.
+
+    Args:
+        backbone: a node such as :func:`resnet_fpn` returns
+        channels: of all levels and of the head
     """
     strides = [8, 16, 32, 64, 128]
     return L(BatchRetinaNet)(
@@ -160,7 +164,12 @@ def retinanet(*, backbone: DictConfig, num_classes: int = 80, channels: int = 25
 
 
 def faster_rcnn(*, backbone: DictConfig, num_classes: int = 80, channels: int = 256) -> DictConfig:
-    """Return Faster R-CNN on levels ``p2`` to ``p6``; L1 losses, class-specific regression."""
+    """Return Faster R-CNN on levels ``p2`` to ``p6``; L1 losses, class-specific regression.
+
+    Args:
+        backbone: a node such as :func:`resnet_fpn` returns
+        channels: of all levels and of the heads' convolutions
+    """
     return L(GeneralizedRCNN)(
         backbone=backbone,
         proposal_generator=_rpn(channels=channels, train_proposals=1000, smooth_l1_beta=0.0),
@@ -179,7 +188,7 @@ def faster_rcnn(*, backbone: DictConfig, num_classes: int = 80, channels: int = 
 
 
 def mask_rcnn(*, backbone: DictConfig, num_classes: int = 80, channels: int = 256) -> DictConfig:
-    """Return :func:`faster_rcnn` with a mask branch."""
+    """Return :func:`faster_rcnn` with a mask branch; the same arguments."""
     model = faster_rcnn(backbone=backbone, num_classes=num_classes, channels=channels)
     model.roi_heads.update(_mask_branch())
     model.roi_heads.mask_head = _mask_head(channels, "${..num_classes}")

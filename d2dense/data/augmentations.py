@@ -262,6 +262,10 @@ class RandomApply(T.RandomApply):
 class ScaleJitter(T.Augmentation):
     """Resize so that the longer side becomes the whole part of ``image_size`` times a random scale,
     aspect ratio kept.
+
+    Args:
+        image_size: in pixels.
+        min_scale, max_scale: between which the scale is drawn.
     """
 
     def __init__(self, *, image_size: int, min_scale: float, max_scale: float):
@@ -324,8 +328,16 @@ class RandomScale(T.Augmentation):
 
 
 class RandomCropPad(T.Augmentation):
-    """Cut a random part of ``crop_size`` (a side, or height and width) out of the image; a smaller
-    image is padded on the right and bottom.
+    """Cut a random part of ``crop_size`` out of the image; a smaller image is padded on the right
+    and bottom.
+
+    Args:
+        crop_size: a side, or height and width, in pixels.
+        pad_value: of the image, one or one per channel, 0 to 255.
+        ignore_label: what label maps are padded with.
+
+    Raises:
+        UserError: a size that is no whole number of pixels.
     """
 
     def __init__(

@@ -60,7 +60,15 @@ class PhotometricDistortion(T.Augmentation):
 
 
 class ColorTransform(Transform):
-    """The distortion with its numbers drawn; geometry stays."""
+    """The distortion with its numbers drawn; geometry stays.
+
+    Args:
+        brightness: added to all values.
+        contrast: factor on all channels, after the colour changes if ``contrast_last``.
+        saturation: factor on the saturation.
+        hue: shift of the hue in degrees.
+        is_rgb: whether channels are in the order RGB, else BGR.
+    """
 
     def __init__(
         self,

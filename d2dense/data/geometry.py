@@ -19,7 +19,9 @@ _MIN_AREA = 1e-6
 
 
 def clip_boxes(boxes: np.ndarray, height: float, width: float) -> np.ndarray:
-    """Return xyxy ``boxes`` (N, 4) limited to an image of the given size."""
+    """Return absolute xyxy ``boxes`` (N, 4) limited to an image of ``height`` and ``width`` pixels,
+    from edge to edge.
+    """
     return np.clip(boxes, 0, [width, height, width, height])
 
 

@@ -228,6 +228,13 @@ def to_classes(
     """Return the classes (H, W) that the values (H, W) in the label map ``path`` stand for, by a
     table of :mod:`d2dense.data.label_tables`, by :func:`reduce_zero_label`, or as they are.
 
+    Args:
+        labels: the values.
+        path: of the label map, for the error.
+        ignore_label: what pixels of no class become.
+        reduces_zero: whether classes count from 1; a table goes before.
+        label_table: name or json file of a table; empty: none.
+
     Raises:
         SampleError: a value that the table does not list.
     """

@@ -124,7 +124,12 @@ class _AsFloat(_Pointwise):
 
 
 class _Jitter(T.Augmentation):
-    """Something with a random factor, half of the time."""
+    """Something with a random factor.
+
+    Args:
+        factors: the least and the most.
+        prob: how often.
+    """
 
     def __init__(self, *, factors: Sequence[float], prob: float = 0.5):
         super().__init__()
@@ -155,7 +160,13 @@ class ContrastJitter(_Jitter):
 
 
 class SaturationJitter(_Jitter):
-    """Random saturation in the HSV colour space: times a factor, at most 1; hue and value stay."""
+    """Random saturation in the HSV colour space: times a factor, at most 1; hue and value stay.
+
+    Args:
+        factors: the least and the most.
+        prob: how often.
+        image_format: ``"BGR"`` or ``"RGB"``.
+    """
 
     def __init__(self, *, factors: Sequence[float], prob: float = 0.5, image_format: str = "RGB"):
         super().__init__(factors=factors, prob=prob)

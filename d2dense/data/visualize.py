@@ -82,7 +82,10 @@ def write_sample(
     image_format: str = "BGR",
     scale: float = 1.0,
 ) -> Path:
-    """Draw ``sample`` into ``<folder>/<index>_<file name>.jpg`` and return the path."""
+    """Draw ``sample`` into ``<folder>/<index>_<file name>.jpg`` and return the path.
+
+    Args: as in :func:`draw_sample`.
+    """
     path = Path(folder, f"{index:04d}_{Path(sample['file_name']).stem}.jpg")
     path.parent.mkdir(parents=True, exist_ok=True)
     drawn = draw_sample(sample, metadata, image_format=image_format, scale=scale)

@@ -22,9 +22,13 @@ logger = logging.getLogger(__name__)
 class LVISEvaluator(InstanceEvaluator):
     """AP of boxes and masks with APr, APc and APf, computed by the ``lvis`` package.
 
-    The arguments are those of :class:`InstanceEvaluator`; up to 300 detections of an image count,
-    over all classes. Of the 1 000 and more classes, only those with ground truth are listed one by
-    one.
+    Up to 300 detections of an image count, over all classes. Of the 1 000 and more classes, only
+    those with ground truth are listed one by one.
+
+    Args: those of :class:`InstanceEvaluator`.
+
+    Raises:
+        UserError: a data set without ``json_file``, or the package is not installed.
     """
 
     results_prefix = "lvis"

@@ -40,7 +40,12 @@ def sample(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor) ->
 
 
 def is_supported(value: Tensor, shapes: Shapes) -> bool:
-    """Return whether there is a fast way for such values."""
+    """Return whether there is a fast way for such values.
+
+    Args:
+        value: ``(N, S, M, D)``; its device and type decide
+        shapes: (Hl, Wl) per level; their number decides
+    """
     device = value.device.type
     if device not in _KINDS or len(shapes) > _MAX_LEVELS[device]:
         return False

@@ -46,8 +46,8 @@ def deformable_sampling(
 
 def sample_by_grid(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor) -> Tensor:
     """Do what :func:`deformable_sampling` does for any device, with differentiable and traceable
-    operators only. Levels are added up one by one, so only one level's samples exist at a time
-    unless autograd keeps them.
+    operators only; the same arguments and result, but of one type. Levels are added up one by one,
+    so only one level's samples exist at a time unless autograd keeps them.
     """
     n, _, m, _ = value.shape
     # heads become images by cat: merging two dynamic sizes stops torch.export

@@ -28,6 +28,7 @@ class Residual(nn.Module):
         )
 
     def forward(self, x: Tensor, branch: Tensor) -> Tensor:
+        """Return the sum, ``(N, C, H, W)``."""
         gamma = self.gamma
         if self.training and self.drop_path > 0:
             keep = 1 - self.drop_path

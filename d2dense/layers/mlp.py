@@ -23,5 +23,6 @@ class MLP2d(nn.Module):
         self.fc2 = nn.Linear(ratio * channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
+        """``(N, C, H, W)`` to the same shape."""
         pixels = self.fc1(x.permute(0, 2, 3, 1))
         return self.fc2(F.gelu(pixels)).permute(0, 3, 1, 2)

@@ -26,6 +26,7 @@ class LayerNorm2d(nn.LayerNorm):
         super().__init__(channels, eps=eps)
 
     def forward(self, input: Tensor) -> Tensor:
+        """``(N, C, H, W)`` to the same shape."""
         pixels = input.permute(0, 2, 3, 1)
         pixels = F.layer_norm(pixels, self.normalized_shape, self.weight, self.bias, self.eps)
         return pixels.permute(0, 3, 1, 2)

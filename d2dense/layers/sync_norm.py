@@ -25,8 +25,9 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
     process, or in evaluation, it is ``nn.BatchNorm2d``; parameter and buffer names always are.
 
     Args:
-        process_group: the processes that share statistics; None for all. Other arguments as in
-            ``nn.BatchNorm2d``.
+        num_features: C.
+        eps, momentum, affine, track_running_stats, device, dtype: as in ``nn.BatchNorm2d``.
+        process_group: the processes that share statistics; None for all.
     """
 
     def __init__(

@@ -38,7 +38,13 @@ def split_windows(x: Tensor, height: int, width: int) -> Tensor:
 
 
 def join_windows(windows: Tensor, height: int, width: int, h: int, w: int) -> Tensor:
-    """Return the map ``(N, h, w, C)`` that :func:`split_windows` cut into ``windows``."""
+    """Return the map ``(N, h, w, C)`` that :func:`split_windows` cut into ``windows``.
+
+    Args:
+        windows: ``(B, height * width, C)``
+        height, width: of a window
+        h, w: of the map
+    """
     c = windows.shape[-1]
     x = windows.reshape(-1, h // height, w // width, height, width, c)
     return x.permute(0, 1, 3, 2, 4, 5).reshape(-1, h, w, c)

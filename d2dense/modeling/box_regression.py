@@ -60,8 +60,12 @@ def encode(boxes: Tensor, gt_boxes: Tensor, weights: Sequence[float]) -> Tensor:
 
 
 def giou_loss(boxes: Tensor, gt_boxes: Tensor, *, eps: float = 1e-7) -> Tensor:
-    """Return 1 - generalised IoU of absolute xyxy boxes ``(..., 4)``, ``(...)``; fvcore's own
-    version checks the boxes on the host.
+    """Return 1 - generalised IoU of each box with the ground truth, ``(...)``; fvcore's own version
+    checks the boxes on the host.
+
+    Args:
+        boxes, gt_boxes: absolute xyxy, ``(..., 4)``; their leading axes are broadcast
+        eps: added to areas that are divided by
     """
     x1, y1, x2, y2 = boxes.unbind(dim=-1)
     gt_x1, gt_y1, gt_x2, gt_y2 = gt_boxes.unbind(dim=-1)

@@ -47,6 +47,10 @@ class RegionPredictor(FastRCNNOutputLayers):
     def region_losses(self, logits: Tensor, deltas: Tensor, regions: Regions) -> dict[str, Tensor]:
         """Return ``loss_cls`` (mean over regions) and ``loss_box_reg`` (foreground sum / all
         regions), weighted.
+
+        Args:
+            logits: ``(R, K + 1)``, background last
+            deltas: ``(R, 4)``, or ``(R, 4 K)`` where regression is class-specific
         """
         logits = logits.float()
         if self.use_sigmoid_ce:

@@ -110,6 +110,12 @@ def label_regions(
 ) -> tuple[Tensor, Tensor]:
     """Match boxes with the ground truth of their image.
 
+    Args:
+        boxes: ``(R, 4)``
+        image: ``(R,)``, the image of each
+        iou_threshold: of foreground, at least
+        num_classes: K
+
     Returns:
         classes ``(R,)``, background (K) below the threshold, and the row of the matched ground
         truth ``(R,)``, 0 if there is none.
@@ -168,7 +174,15 @@ def select_regions(
 def sampled_regions(
     proposals: list[Instances], *, pooler: ROIPooler, num_classes: int
 ) -> tuple[Regions, Tensor]:
-    """Return the regions that Detectron2's ``label_and_sample_proposals`` gives, and their rows."""
+    """Return the regions that Detectron2's ``label_and_sample_proposals`` gives, and their rows
+    ``(R,)``, as :func:`select_regions` does.
+
+    Args:
+        proposals: per image, with ``proposal_boxes``, ``gt_classes`` and, where it has objects,
+            ``gt_boxes``
+        pooler: whose levels the regions are shared out to
+        num_classes: K
+    """
     classes = [p.gt_classes for p in proposals]
     boxes = torch.cat([p.proposal_boxes.tensor for p in proposals])
     # An image without ground truth has no gt_boxes; its regions are background and never read them.
@@ -259,7 +273,12 @@ def pool_regions(pooler: ROIPooler, features: list[Tensor], regions: Regions) ->
 
 
 def pool_lists(pooler: ROIPooler, features: list[Tensor], boxes: list[Tensor]) -> Tensor:
-    """Pool boxes given as one tensor ``(R_n, 4)`` per image; one host synchronisation."""
+    """Return the pooled features ``(R, C, S, S)`` of boxes given as one tensor ``(R_n, 4)`` per
+    image; one host synchronisation.
+
+    Args:
+        features: the pooler's levels, ``(N, C, Hi, Wi)``
+    """
     image = torch.cat([b.new_full(b.shape[:1], n, dtype=torch.int64) for n, b in enumerate(boxes)])
     flat = torch.cat(boxes)
     levels = _levels(pooler, flat)

@@ -208,7 +208,7 @@ class UperNetHead(nn.Module):
         return self.classifier(self.dropout(self.fuse(torch.cat(levels, 1))))
 
     def auxiliary_scores(self, features: dict[str, Tensor]) -> Tensor:
-        """Return the auxiliary classifier's scores, of its map's size."""
+        """Return the auxiliary classifier's scores ``(N, K, h, w)``, of its map's size."""
         assert self.auxiliary is not None
         assert self.auxiliary_feature is not None
         return self.auxiliary(features[self.auxiliary_feature])

@@ -74,7 +74,12 @@ class MapAttention(nn.Module):
         self.window = window
 
     def forward(self, x: Tensor, rope: Tensor, attn_mask: None = None) -> Tensor:
-        """``(N, H, W, C)`` to the same shape; the names are those that timm's block uses."""
+        """``(N, H, W, C)`` to the same shape; the names are those that timm's block uses.
+
+        Args:
+            rope: the table of :func:`rotary_table` for a window, or for the map if there are none
+            attn_mask: timm passes it; there is none
+        """
         n, h, w, c = x.shape
         side = self.window
         if side is None:

@@ -27,8 +27,12 @@ class PolyParamScheduler(ParamScheduler):
 
 
 class CosineAfterWarmup(ParamScheduler):
-    """A line from ``warmup_factor`` to 1 over the share ``warmup_length`` of the run, then half a
-    cosine over the rest, from 1 to ``end_factor``.
+    """A line up to 1, then half a cosine over the rest of the run.
+
+    Args:
+        warmup_length: of the line, as a share of the run.
+        warmup_factor: where the line starts.
+        end_factor: where the cosine ends.
     """
 
     def __init__(

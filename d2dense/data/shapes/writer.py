@@ -132,6 +132,10 @@ def ensure(
 
     It is written beside and moved into place when complete, so that several processes may ask at
     once and none ever sees half a set. A set made with other settings is kept, with a warning.
+
+    Args:
+        train_count, val_count: numbers of pictures.
+        size, seed, workers: as in :func:`generate`.
     """
     root = Path(root)
     counts = {"train": train_count, "val": val_count}

@@ -15,8 +15,8 @@ __all__ = ["BoxEmbedding", "BoxPositions", "inverse_sigmoid"]
 
 
 def inverse_sigmoid(x: Tensor, eps: float = 1e-5) -> Tensor:
-    """Return what the sigmoid turns into ``x``, in float32; x and 1 - x count as ``eps`` at least,
-    so that the ends, and boxes that leave the image, stay finite.
+    """Return what the sigmoid turns into ``x`` ``(...)``, of its shape, in float32; x and 1 - x
+    count as ``eps`` at least, so that the ends, and boxes that leave the image, stay finite.
     """
     x = x.float().clamp(0.0, 1.0)
     return (x.clamp(min=eps) / (1 - x).clamp(min=eps)).log()

@@ -35,7 +35,9 @@ CLASS_LOSSES = ("focal", "quality_focal")
 
 
 def mean_over_processes(number: int, *, device: torch.device) -> Tensor:
-    """Return the mean of each process's ``number``, at least 1, without waiting for the device."""
+    """Return the mean of each process's ``number``, at least 1, as a scalar on ``device``, without
+    waiting for it. All processes must call it equally often.
+    """
     mean = torch.full((), float(number), device=device)
     if comm.get_world_size() > 1:
         dist.all_reduce(mean)

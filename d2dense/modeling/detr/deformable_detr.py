@@ -52,6 +52,7 @@ class DeformableDETR(nn.Module):
         criterion: logits, boxes and targets -> losses
         denoising: targets -> noised queries, in training
         one_to_many: proposals -> queries for several copies of each object, in training
+        num_classes: K
         max_detections, soft_nms_iou, min_score, by_offset: see :class:`Selection`
         mask_padding: nobody sees the padding of a batch, and boxes are relative to the image; else
             padding is as good as the image, and boxes are relative to both together (Co-DETR's
@@ -161,7 +162,12 @@ class DeformableDETR(nn.Module):
         return self.losses(images, [each["instances"] for each in batched_inputs])
 
     def losses(self, images: ImageList, instances: Sequence[Instances]) -> dict[str, Tensor]:
-        """Return all losses of a batch, in training mode or not."""
+        """Return all losses of a batch, in training mode or not: scalars, weighted, by name.
+
+        Args:
+            images: ``(N, 3, H, W)``, normalised
+            instances: per image, with ``gt_boxes``, absolute xyxy, and ``gt_classes``
+        """
         memory = self.encode(images)
         return self.main_losses(memory, self.build_targets(images, instances))
 
@@ -285,13 +291,22 @@ class DeformableDETR(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Return logits ``(D, N, Q, K)`` and boxes ``(D, N, Q, 4)``, cxcywh relative to the image,
         of all decoder layers or of the last one (D = 1).
+
+        Args:
+            queries: contents, positions and references ``(N, Q, ...)``
+            memory: the encoded maps
         """
         states, references = self.decoder(queries, memory, self.heads.predict_boxes)
         first = 0 if all_layers else -1
         return self.heads(states[first:], references[first:])
 
     def select(self, logits: Tensor, boxes: Tensor, images: ImageList) -> list[Instances]:
-        """Return the detections of each image from ``(N, Q, K)`` and ``(N, Q, 4)``."""
+        """Return the detections of each image, boxes in its pixels, best first.
+
+        Args:
+            logits: ``(N, Q, K)``
+            boxes: ``(N, Q, 4)``, cxcywh relative to the image
+        """
         sizes = image_size_tensor(self.valid_sizes(images), boxes.device)
         sizes = sizes.flip(1).repeat(1, 2)[:, None]
         return self.selection(logits, boxes, sizes, images.image_sizes)

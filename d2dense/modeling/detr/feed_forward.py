@@ -39,6 +39,7 @@ class FeedForward(nn.Module):
         xavier_matrices(self)
 
     def forward(self, x: Tensor) -> Tensor:
+        """``(..., C)`` to the same shape."""
         if not self.linear1.is_fused(x):
             return self._whole(x)
         parts = x.flatten(0, -2).split(_AT_ONCE)

@@ -93,7 +93,12 @@ class PredictionHeads(nn.Module):
         self.boxes = nn.ModuleList(boxes * copies)
 
     def predict_boxes(self, layer: int, state: Tensor, references: Tensor) -> Tensor:
-        """Return the boxes of one layer, see :class:`BoxHead`."""
+        """Return the boxes ``(N, Q, 4)`` of one layer, cxcywh relative to the image.
+
+        Args:
+            layer: from 0 on
+            state, references: see :class:`BoxHead`
+        """
         return self.boxes[layer](state, references)
 
     def forward(

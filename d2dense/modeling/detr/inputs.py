@@ -48,8 +48,9 @@ def check_sides(images: Sequence[Tensor], square: int) -> None:
 
 @torch.jit.script_if_tracing
 def within(image: Tensor, square: int) -> Tensor:
-    """Return the image; a trace of it refuses images that do not fit, as :func:`check_sides`
-    does, where filling up by a negative number would crop them in silence.
+    """Return the image ``(C, h, w)``; a trace of it refuses images that do not fit into a square
+    of that side, as :func:`check_sides` does, where filling up by a negative number would crop
+    them in silence.
     """
     largest = max(image.shape[1], image.shape[2])
     if largest > square:

@@ -84,7 +84,12 @@ class HungarianMatcher(nn.Module):
         ]
 
     def cost(self, logits: Tensor, boxes: Tensor, targets: Targets) -> Tensor:
-        """Return the cost of every pair, ``(D, N, Q, G)``."""
+        """Return the cost of every pair, ``(D, N, Q, G)``: focal, L1 and generalised IoU, weighted.
+
+        Args:
+            logits: ``(D, N, Q, K)``, float32
+            boxes: ``(D, N, Q, 4)``, cxcywh relative to the image, float32
+        """
         score = logits.sigmoid()
         positive = self.alpha * (1 - score) ** self.gamma * -(score + 1e-12).log()
         negative = (1 - self.alpha) * score**self.gamma * -(1 - score + 1e-12).log()

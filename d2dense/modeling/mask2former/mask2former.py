@@ -30,6 +30,7 @@ class Mask2Former(nn.Module):
         pixel_decoder: maps -> encoded maps and mask features
         decoder: these -> class and mask logits
         criterion: logits, masks and targets -> losses
+        num_classes: K
         max_detections: per image, the pairs of query and class with the highest scores
         pixel_mean, pixel_std: per channel, in the order of ``input_format``
     """

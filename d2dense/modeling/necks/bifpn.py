@@ -24,6 +24,11 @@ class FusionNode(nn.Module):
     """Weighted mean of maps of one size, activation, and a depth-wise separable 3 x 3 convolution.
 
     The weights are kept from being negative and divided by their sum (section 3.3 of the paper).
+
+    Args:
+        num_inputs: how many maps
+        channels: C
+        norm: after the convolution
     """
 
     def __init__(self, num_inputs: int, channels: int, norm: str):
@@ -33,6 +38,7 @@ class FusionNode(nn.Module):
         self.pointwise = conv_norm(channels, channels, 1, norm)
 
     def forward(self, inputs: list[Tensor]) -> Tensor:
+        """Maps ``(N, C, Hi, Wi)`` to one of the same shape."""
         weights = F.relu(self.weights)
         weights = weights / (weights.sum() + _EPS)
         fused = sum(weight.to(x.dtype) * x for weight, x in zip(weights.unbind(), inputs))

@@ -14,14 +14,19 @@ __all__ = ["PaddedFPN"]
 
 
 class PaddedFPN(FPN):
-    """Detectron2's ``FPN``.
+    """Detectron2's ``FPN``: levels ``p<k>``, ``(N, C, H / 2^k, W / 2^k)``.
 
     Args:
+        bottom_up: the backbone
+        in_features: names of its maps, each of half the size of the one before
+        out_channels: C
+        norm: of the convolutions; empty: none
         top_block: a module; or what makes one of the channels of the last input and
             ``out_channels``, such as Detectron2's class ``LastLevelP6P7``, for whatever backbone
             is below
+        fuse_type: ``"sum"`` or ``"avg"`` of a level and the enlarged one above
         size_divisibility: to what multiple batches are filled up; None: the coarsest stride of the
-            inputs. The other arguments are Detectron2's.
+            inputs
 
     Raises:
         UserError: maps that the backbone does not have, or whose strides do not double.

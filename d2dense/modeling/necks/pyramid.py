@@ -22,7 +22,13 @@ __all__ = ["Pyramid", "checked_divisibility", "checked_shapes", "conv_norm", "re
 
 
 def conv_norm(in_channels: int, out_channels: int, kernel: int, norm: str, **settings) -> Conv2d:
-    """Return a convolution that keeps the size, with norm and no bias, or without norm."""
+    """Return a convolution that keeps the size, with norm and no bias, or without norm.
+
+    Args:
+        kernel: its side, odd
+        norm: a name that :func:`d2dense.layers.build_norm` knows; empty: none
+        **settings: of Detectron2's ``Conv2d``
+    """
     return Conv2d(
         in_channels,
         out_channels,
@@ -82,7 +88,9 @@ def checked_divisibility(wanted: int | None, needed: int) -> int:
 
 
 def resize(x: Tensor, like: Tensor) -> Tensor:
-    """Bring a map to the size of ``like``: nearest neighbours up, maxima down."""
+    """Return a map ``(N, C, H, W)`` at the height and width of ``like``: nearest neighbours up,
+    maxima down.
+    """
     if not is_recorded() and x.shape[-2:] == like.shape[-2:]:
         return x
     return _resized(x, like)

@@ -51,6 +51,7 @@ class ConvNormAct(nn.Module):
     """Convolution, norm and activation.
 
     Args:
+        in_channels, out_channels, kernel_size, stride, bias: of the convolution.
         padding: None keeps the size at stride 1.
         norm: a name of :data:`d2dense.layers.NORMS`.
         activation: ``gelu`` (exact), ``relu`` or ``none``.
@@ -85,6 +86,7 @@ class DepthwiseConvNormAct(nn.Module):
     """A 7x7 filter per channel, norm and activation; the size stays.
 
     Args:
+        channels: C.
         dilation: 1 mixes neighbours, more mixes far pixels.
         norm, activation: see :class:`ConvNormAct`.
     """
@@ -100,7 +102,12 @@ class DepthwiseConvNormAct(nn.Module):
 
 
 class NextBlock(nn.Module):
-    """ConvNeXt's block: 7x7 depth-wise convolution, norm, MLP, layer scale."""
+    """ConvNeXt's block: 7x7 depth-wise convolution, norm, MLP, layer scale.
+
+    Args:
+        channels: C.
+        drop_path, layer_scale: see :class:`~d2dense.layers.Residual`.
+    """
 
     def __init__(
         self,
@@ -122,6 +129,10 @@ class NextBlock(nn.Module):
 class LRNextBlock(nn.Module):
     """Near, then far pixels, each by a depth-wise convolution with norm, activation and a skip of
     its own; then the MLP. The outer skip starts at the input.
+
+    Args:
+        channels, drop_path, layer_scale: see :class:`NextBlock`.
+        dilation: of the far convolution.
     """
 
     def __init__(
@@ -146,7 +157,13 @@ class LRNextBlock(nn.Module):
 
 
 class BottleneckBlock(nn.Module):
-    """ResNet's bottleneck turned round: 3x3 first, then four times the width and back."""
+    """ResNet's bottleneck turned round: 3x3 first, then four times the width and back.
+
+    Args:
+        channels: C.
+        drop_path: see :class:`~d2dense.layers.Residual`.
+        norm: a name of :data:`d2dense.layers.NORMS`.
+    """
 
     def __init__(self, channels: int, *, drop_path: float = 0.0, norm: str = "BN"):
         super().__init__()
@@ -162,7 +179,12 @@ class BottleneckBlock(nn.Module):
 
 
 class LRBottleneckBlock(BottleneckBlock):
-    """A bottleneck whose 3x3 convolution and a dilated one each have a skip of their own."""
+    """A bottleneck whose 3x3 convolution and a dilated one each have a skip of their own.
+
+    Args:
+        channels, drop_path, norm: see :class:`BottleneckBlock`.
+        dilation: of the far convolution.
+    """
 
     def __init__(
         self, channels: int, *, drop_path: float = 0.0, norm: str = "BN", dilation: int = 3
@@ -204,6 +226,10 @@ class LRWindowBlock(nn.Module):
     """A transformer block whose first half attends within windows, then convolves far pixels.
 
     Both have norm, activation and a skip of their own, and start from the *normalised* input.
+
+    Args:
+        channels, mixer, drop_path: see :class:`AttentionBlock`.
+        dilation: of the far convolution.
     """
 
     def __init__(

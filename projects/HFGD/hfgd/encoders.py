@@ -48,7 +48,13 @@ class Encoder(nn.Module):
 
 
 class IdentityEncoder(Encoder):
-    """No context: CBR(1) to the width of the decoder."""
+    """No context: CBR(1) to the width of the decoder.
+
+    Args:
+        in_channels: C.
+        out_channels: D.
+        norm: of all convolutions.
+    """
 
     def __init__(self, *, in_channels: int, out_channels: int = 256, norm: HeadNorm):
         super().__init__()
@@ -63,6 +69,7 @@ class ASPP(Encoder):
     """Atrous spatial pyramid pooling: the map's mean, a 1x1 and three dilated convolutions.
 
     Args:
+        in_channels, out_channels, norm: see :class:`IdentityEncoder`.
         stride: of the map; dilations are 3, 6 and 9 at 32, and more where the map is finer.
     """
 
@@ -88,7 +95,13 @@ class ASPP(Encoder):
 
 
 class SelfAttentionEncoder(Encoder):
-    """Attention over all pixels between two 3x3 convolutions."""
+    """Attention over all pixels between two 3x3 convolutions.
+
+    Args:
+        in_channels, out_channels, norm: see :class:`IdentityEncoder`.
+        channels: E.
+        key_channels: of queries and keys.
+    """
 
     def __init__(
         self,
@@ -116,6 +129,8 @@ class OCR(Encoder):
     of its own give.
 
     Args:
+        in_channels, out_channels, norm: see :class:`IdentityEncoder`.
+        channels: E.
         num_classes: K.
     """
 
@@ -170,6 +185,7 @@ class CAREncoder(Encoder):
     class-aware regularisations act on, and a trailing convolution.
 
     Args:
+        in_channels, out_channels, norm: see :class:`IdentityEncoder`.
         channels: E.
         key_channels: of the attention's queries and keys.
         lead_convs, lead_kernel: how many leading convolutions there are, and their size.

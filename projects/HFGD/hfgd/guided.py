@@ -43,9 +43,11 @@ class HFGM(nn.Module):
     """What turns the upsampled map S into U, to which the class kernels are applied.
 
     Args:
+        channels: C.
         axial_attention: column and row attention and an output convolution; without it U is S, and
             the module consists of the stop-gradients and the shared kernels alone.
         heads, residual: see :class:`~hfgd.axial_attention.AxialAttention`.
+        norm: of the output convolution.
     """
 
     def __init__(

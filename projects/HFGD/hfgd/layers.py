@@ -70,7 +70,15 @@ def resize(x: Tensor, height: int, width: int) -> Tensor:
 
 
 class ConvNormReLU(nn.Module):
-    """CBR(k, o): convolution without bias at stride 1 and the same size, norm, ReLU."""
+    """CBR(k, o): convolution without bias at stride 1 and the same size, norm, ReLU.
+
+    Args:
+        in_channels: of the map.
+        out_channels: o.
+        kernel_size: k, odd.
+        norm: after the convolution.
+        dilation: of the convolution.
+    """
 
     def __init__(
         self,
@@ -94,6 +102,7 @@ class ConvNormReLU(nn.Module):
         glorot(self.conv)
 
     def forward(self, x: Tensor) -> Tensor:
+        """``(N, C, H, W)`` to ``(N, o, H, W)``."""
         return F.relu(self.norm(self.conv(x)), inplace=True)
 
 

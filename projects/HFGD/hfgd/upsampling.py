@@ -33,6 +33,7 @@ class FeaturePyramid(nn.Module):
         channels: C, also of the coarsest map, which has no lateral convolution.
         lateral_kernel: 1 for SemanticFPN, 3 for U-SFPN.
         out_stride: 4, 2 or 1.
+        norm: of all convolutions.
     """
 
     def __init__(
