@@ -81,17 +81,6 @@ def _queries(model: nn.Module) -> str | None:
     )
 
 
-@refuses("torch_export", "onnx")
-def _soft_suppression(model: nn.Module) -> str | None:
-    if not isinstance(model, DeformableDETR) or model.selection.soft_nms_iou is None:
-        return None
-    return (
-        "soft suppression (MODEL.DETR.SOFT_NMS / model.soft_nms_iou) repeats until nothing "
-        "changes, but torch.export records no loops; set it off (SOFT_NMS.ENABLED False / "
-        "model.soft_nms_iou=null) or use --format torchscript"
-    )
-
-
 @refuses("script")
 def _detectron2_cascade(model: nn.Module) -> str | None:
     if type(getattr(model, "roi_heads", None)) is not CascadeROIHeads:

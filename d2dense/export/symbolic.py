@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import operator
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from unittest import mock
@@ -22,16 +23,22 @@ import torchvision.ops.boxes
 from detectron2.modeling.poolers import ROIPooler, assign_boxes_to_levels
 from detectron2.structures import Boxes, ImageList, Instances
 from torch import Tensor
+from torch._higher_order_ops.while_loop import while_loop
 from torch._library.fake_impl import FakeImplCtx
+from torch._prims_common import is_contiguous_or_false
+from torch._subclasses import fake_impls
+from torch.fx.experimental.symbolic_shapes import has_hint
 from torchvision.ops import nms
 
 from d2dense.layers import missing
+from d2dense.modeling.detr.soft_nms import one_round
 
 __all__ = ["symbolic_sizes"]
 
 Size = tuple[int, int]
 
 _attend = F.scaled_dot_product_attention
+_slice_index = fake_impls._compute_slice_index
 
 _RPN = "detectron2.modeling.proposal_generator"
 _BOXES = "detectron2.modeling.roi_heads.fast_rcnn"
@@ -48,16 +55,21 @@ def symbolic_sizes() -> Iterator[None]:
             (Boxes, "clip", _clip),
             (ROIPooler, "forward", _pool),
             (torchvision.ops.boxes, "batched_nms", _nms_by_offset),
+            (sys.modules[one_round.__module__], "_decay", _decay_in_loop),
             # of how many boxes torchvision says that non-maximum suppression keeps at least two
             (FakeImplCtx, "create_unbacked_symint", FakeImplCtx.new_dynamic_size),
+            (fake_impls, "_compute_slice_index", _index_within),
+            (Tensor, "contiguous", _contiguous),
         ):
             stack.enter_context(mock.patch.object(target, attribute, replacement))
         for name, replacement in (
             ("torch.nn.functional.scaled_dot_product_attention", _attend_with_heads),
+            ("torch.nn.functional.batch_norm", _normalize),
             ("detectron2.modeling.anchor_generator._create_grid_offsets", _grid_offsets),
             (f"{_RPN}.rpn.find_top_rpn_proposals", _find_proposals),
             (f"{_BOXES}.fast_rcnn_inference_single_image", _detections),
             ("d2dense.modeling.batched_cascade.pool_lists", _pool_lists),
+            ("d2dense.modeling.necks.pyramid._resized", _resized),
         ):
             stack.enter_context(mock.patch(name, replacement))
         # builtins that turn a symbolic size into a number
@@ -65,6 +77,8 @@ def symbolic_sizes() -> Iterator[None]:
             ("detectron2.modeling.meta_arch.dense_detector.min", torch.sym_min),
             ("d2dense.modeling.detr.deformable_detr.max", _largest),
             ("torch._meta_registrations.div_rtn", operator.floordiv),
+            # the layout of a convolution's result; it asks for sides of 1
+            ("torch._C._conv_determine_backend_memory_format", lambda *_: None),
             ("detectron2.structures.instances.len", _length),
             ("detectron2.modeling.roi_heads.mask_head.len", _length),
             ("detectron2.modeling.roi_heads.fast_rcnn.len", _length),
@@ -80,6 +94,46 @@ def _length(x) -> int:
 
 def _largest(sides: Iterable[int]) -> int:
     return functools.reduce(torch.sym_max, sides)
+
+
+def _normalize(
+    x: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Batch norm in evaluation by the operator below, which does not ask if there are regions."""
+    assert not training
+    return torch.ops.aten._native_batch_norm_legit_no_training(
+        x, weight, bias, running_mean, running_var, momentum, eps
+    )[0]
+
+
+def _index_within(size: int, index: int) -> int | None:
+    """Take a slice's end for one within the map where it is so for the recorded image, and let the
+    file assert that it is for others; PyTorch gives such a slice a size that nobody knows.
+    """
+    found = _slice_index(size, index)
+    if found is None and has_hint(size) and has_hint(index) and 0 <= _hint(index) <= _hint(size):
+        torch._check(index >= 0)
+        torch._check(index <= size)
+        return index
+    return found
+
+
+def _contiguous(x: Tensor, memory_format: torch.memory_format = torch.contiguous_format) -> Tensor:
+    """Copy also where the map would stay as it is for some sizes; which is asked for every size."""
+    if memory_format is torch.contiguous_format and is_contiguous_or_false(x):
+        return x
+    return x.clone(memory_format=memory_format)
+
+
+def _hint(size: int) -> int:
+    return size.node.hint if isinstance(size, torch.SymInt) else size
 
 
 def _attend_with_heads(query: Tensor, key: Tensor, value: Tensor, *args, **kwargs) -> Tensor:
@@ -197,6 +251,39 @@ def _detections(
     found.pred_boxes, found.scores = Boxes(boxes[keep]), scores[keep]
     found.pred_classes = classes[keep]
     return found, region[keep]
+
+
+def _resized(x: Tensor, like: Tensor) -> Tensor:
+    """Pyramids' ``resize`` in the direction of the recorded image; levels that are larger for one
+    image are never smaller for another.
+    """
+    sizes = like.shape[-2:]
+    if _hint(x.shape[-2]) < _hint(sizes[0]) or _hint(x.shape[-1]) < _hint(sizes[1]):
+        return F.interpolate(x, size=sizes, mode="nearest")
+    for dim, size in zip((-2, -1), sizes):
+        x = _largest_of_windows(x, dim, size)
+    return x
+
+
+def _largest_of_windows(x: Tensor, dim: int, size: int) -> Tensor:
+    """Adaptive max pooling along ``dim``."""
+    before = x.shape[dim]
+    place = torch.arange(size, device=x.device)
+    first = place * before // size
+    last = ((place + 1) * before + size - 1) // size - 1
+    # a window of the ratio r has r + 1 places at most; a place twice changes nothing
+    ratio = -(-_hint(before) // _hint(size))
+    rows = (torch.minimum(first + k, last) for k in range(ratio + 1))
+    return functools.reduce(torch.maximum, (x.index_select(dim, each) for each in rows))
+
+
+def _decay_in_loop(scores: Tensor, decay: Tensor, min_score: float) -> Tensor:
+    """The rounds of soft suppression as a loop of the graph."""
+    return while_loop(
+        lambda scores, left, taken: left.any(),
+        lambda scores, left, taken: one_round(scores, left, taken, decay, min_score),
+        (scores, scores >= min_score, torch.zeros_like(scores)),
+    )[2]
 
 
 def _pool_lists(pooler: ROIPooler, levels: list[Tensor], boxes: list[Tensor]) -> Tensor:

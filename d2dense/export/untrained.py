@@ -23,6 +23,9 @@ _SPREADS = {
     re.compile(r"(bbox_pred|anchor_deltas|boxes(\.\d+)?\.layers\.\d+)$"): 0.2,
 }
 
+# Probabilities near 1 are often equal, and equal scores have no order.
+_MOST = 4.0
+
 
 @torch.no_grad()
 def spread_outputs(model: nn.Module, image: Tensor) -> nn.Module:
@@ -68,7 +71,7 @@ class _Rescale:
         # the bias moves all places alike, channel by channel
         dim = 1 if output.dim() == 4 else -1
         channels = output.movedim(dim, 0).flatten(1)
-        found = (channels - channels.mean(1, keepdim=True)).std()
-        if found > 0:
-            weight.mul_(self.spread / found)
+        found = channels - channels.mean(1, keepdim=True)
+        if found.any():
+            weight.mul_(min(self.spread / found.std(), _MOST / found.abs().max()))
         return layer.forward(*inputs)

@@ -198,4 +198,7 @@ def _rows(values: Tensor, index: Tensor) -> Tensor:
     beyond = index >= count
     if values.ndim == 3:
         rows, beyond = rows[..., None].expand(-1, -1, values.shape[2]), beyond[..., None]
-    return values.gather(1, rows).masked_fill(beyond, 0)
+    found = values.gather(1, rows)
+    if found.dtype == torch.bool:  # which onnxruntime fills nowhere
+        return found & ~beyond
+    return found.masked_fill(beyond, 0)

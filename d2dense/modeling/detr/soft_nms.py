@@ -24,23 +24,31 @@ def _decay(scores: Tensor, decay: Tensor, min_score: float) -> Tensor:
         scores: ``(N, M)``
         decay: ``(N, M, M)``, factor by which taking box i (row) lowers box j, 1 for no effect
     """
-    count = scores.shape[1]
-    number = torch.arange(count, device=scores.device)
-    neighbours = decay < 1
     left = scores >= min_score
     taken = torch.zeros_like(scores)
     while bool(left.any()):
-        before = (scores[:, None, :] > scores[:, :, None]) | (
-            (scores[:, None, :] == scores[:, :, None]) & (number[None, :] < number[:, None])
-        )
-        beaten = (neighbours & before & left[:, None, :]).any(dim=2)
-        best = left & ~beaten
-        taken = torch.where(best, scores, taken)
-        factors = torch.where(best[:, :, None], decay, torch.ones_like(decay)).prod(dim=1)
-        left = left & ~best
-        scores = torch.where(left, scores * factors, scores)
-        left = left & (scores >= min_score)
+        scores, left, taken = one_round(scores, left, taken, decay, min_score)
     return taken
+
+
+def one_round(
+    scores: Tensor, left: Tensor, taken: Tensor, decay: Tensor, min_score: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return ``scores``, ``left`` (bool, not taken or dropped yet) and ``taken`` (the scores of
+    those that are taken), all ``(N, M)``, after all boxes are taken that are the best of their
+    neighbours.
+    """
+    number = torch.arange(scores.shape[1], device=scores.device)
+    before = (scores[:, None, :] > scores[:, :, None]) | (
+        (scores[:, None, :] == scores[:, :, None]) & (number[None, :] < number[:, None])
+    )
+    beaten = ((decay < 1) & before & left[:, None, :]).any(dim=2)
+    best = left & ~beaten
+    taken = torch.where(best, scores, taken)
+    factors = torch.where(best[:, :, None], decay, torch.ones_like(decay)).prod(dim=1)
+    left = left & ~best
+    scores = torch.where(left, scores * factors, scores)
+    return scores, left & (scores >= min_score), taken
 
 
 def soft_nms(
