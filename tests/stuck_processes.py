@@ -6,10 +6,13 @@ import faulthandler
 import os
 
 SECONDS = 300
+_SERVER = os.getpid()
 
 
 def watch() -> None:
-    faulthandler.dump_traceback_later(SECONDS, exit=True)
+    # not in a fork of such a process: the lock of its timer is held there by a thread that is gone
+    if os.getppid() == _SERVER:
+        faulthandler.dump_traceback_later(SECONDS, exit=True)
 
 
 os.register_at_fork(after_in_child=watch)

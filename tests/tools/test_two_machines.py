@@ -6,8 +6,6 @@ import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -15,6 +13,8 @@ import pytest
 import torch
 
 from d2dense import checkpoint
+from d2dense.engine.train_net import main
+from tests.commands import Command
 
 DEADLINE = 120
 STEPS = 4
@@ -26,20 +26,13 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def start(root, log, config, output, *flags, launcher=(sys.executable,), steps=STEPS):
+def start(root, log, config, output, *flags, launcher=(), steps=STEPS):
     """Start one machine's command in the background; its lines go to ``log``."""
     environ = {k: v for k, v in os.environ.items() if k not in ("MASTER_ADDR", "MASTER_PORT")}
     environ |= {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    command = [*launcher, root / "tools" / "train_net.py", "--config-file", config]
-    command += ["--device", "cpu", *flags, f"train.output_dir={output}", f"train.max_iter={steps}"]
-    with Path(log).open("w") as stream:
-        return subprocess.Popen(
-            [str(word) for word in command],
-            stdout=stream,
-            stderr=subprocess.STDOUT,
-            env=environ,
-            start_new_session=True,
-        )
+    words = [*launcher, root / "tools" / "train_net.py", "--config-file", config]
+    words += ["--device", "cpu", *flags, f"train.output_dir={output}", f"train.max_iter={steps}"]
+    return Command(words, log=log, environ=environ, cwd=root)
 
 
 def exit_codes(processes):
@@ -50,8 +43,7 @@ def exit_codes(processes):
     finally:
         for each in processes:
             if each.poll() is None:
-                os.killpg(each.pid, signal.SIGKILL)
-                each.wait()
+                each.kill()
 
 
 def machines(root, folder, config, output, *, each=1, **options):
@@ -76,7 +68,7 @@ def agents(root, folder, config, output):
             config,
             output,
             launcher=[
-                *(sys.executable, "-m", "torch.distributed.run", "--nnodes", 2, "--node-rank", k),
+                *("-m", "torch.distributed.run", "--nnodes", 2, "--node-rank", k),
                 *("--nproc-per-node", 1, "--master-addr", "127.0.0.1", "--master-port", port),
             ],
         )
@@ -105,10 +97,11 @@ def assert_same_run(one, two):
 
 
 @pytest.fixture
-def one_machine(repo_root, tmp_path, configs):
+def one_machine(tmp_path, configs):
     """The output of one machine with two processes."""
-    run = start(repo_root, tmp_path / "log", configs["lazy"], tmp_path / "one", "--num-gpus", 2)
-    assert exit_codes([run]) == [0], (tmp_path / "log").read_text()
+    overrides = [f"train.output_dir={tmp_path / 'one'}", f"train.max_iter={STEPS}"]
+    command = ["--config-file", configs["lazy"], "--device", "cpu", "--num-gpus", "2", *overrides]
+    assert main(command) == 0
     return tmp_path / "one"
 
 
