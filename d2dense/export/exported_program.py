@@ -10,8 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.export.passes import move_to_device_pass
+from torch.export.pt2_archive._package import load_pt2
+from torch.fx import GraphModule
 
 from .adapters import Adapter
+from .archive import refuse_code
 from .symbolic import symbolic_sizes
 
 __all__ = [
@@ -31,6 +34,9 @@ _STANDING_FOR_ALL = (607, 989)
 # PyTorch keeps apart tensors with a side of 1 wherever it decides between a view and a copy. What
 # it records then is right for a side of 1 too, as it assumes itself for sizes that depend on data.
 _NOT_ONE = re.compile(r"expression Ne\(.*, [01]\) on node")
+
+# What nodes remember of the source: lines and paths of the machine that exported.
+_ORIGINS = ("stack_trace", "nn_module_stack", "source_fn_stack", "torch_fn", "from_node", "custom")
 
 
 def record(adapter: Adapter, image: Tensor) -> ExportedProgram:
@@ -66,7 +72,11 @@ def record(adapter: Adapter, image: Tensor) -> ExportedProgram:
 def save_exported_program(adapter: Adapter, image: Tensor, path: Path) -> None:
     """Write ``model.pt2``."""
     program = record(adapter, image)
-    program.example_inputs = None  # megabytes of zeros
+    program.example_inputs = None  # megabytes of zeros, in a pickle
+    for module in program.graph_module.modules():
+        for node in module.graph.nodes if isinstance(module, GraphModule) else ():
+            for name in _ORIGINS:
+                node.meta.pop(name, None)
     torch.export.save(program, path)
 
 
@@ -77,8 +87,13 @@ def open_exported_program(
 
     A program is recorded on the CPU, with the device written into it; for another one it is
     rewritten here, as ``torch.export.passes.move_to_device_pass`` does.
+
+    Raises:
+        UserError: the file may hold code, see :func:`~d2dense.export.archive.refuse_code`.
     """
-    program = torch.export.load(path)
+    refuse_code(path)
+    # torch.export.load would try older formats, with pickles, where this fails
+    program = load_pt2(str(path)).exported_programs["model"]
     if torch.device(device).type != "cpu":
         program = move_to_device_pass(program, str(device))
     return program.module()
