@@ -67,8 +67,8 @@ class _Found(Exception):
 
 def _refuse(path: Path, found: str) -> NoReturn:
     raise UserError(
-        f"{path} has {found[:200]}, which no file written by export has and which may run code when "
-        "it is opened; expected raw tensors and a graph of operators; export again"
+        f"{path} has {found[:200]}, which no file written by export has and which may run code "
+        "when it is opened; expected raw tensors and a graph of operators; export again"
     )
 
 
