@@ -254,13 +254,15 @@ def analyze(
 
 
 def format_report(report: dict[str, Any], *, depth: int = 2) -> str:
-    """Return the report as text; modules deeper than ``depth`` are left out."""
+    """Return the report as text; modules deeper than ``depth`` are left out, the whole model is
+    always there.
+    """
     parts = []
     if "modules" in report:
         rows = [
             (name or "(whole model)", *(_thousands(row.get(key)) for key in ("params", "macs")))
             for name, row in report["modules"].items()
-            if name.count(".") < depth and any(row.values())
+            if (not name or name.count(".") < depth) and any(row.values())
         ]
         height, width = report["input_size"]
         headers = ["module", "parameters", f"MACs ({height} x {width})"]

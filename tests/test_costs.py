@@ -78,6 +78,16 @@ def test_masks_are_counted_for_all_detections_whatever_the_weights(detector):
     assert "forward_with_given_boxes" not in vars(model.roi_heads)
 
 
+@pytest.mark.parametrize(
+    ("depth", "names"),
+    [(0, ["(whole model)"]), (1, ["(whole model)", "a"]), (2, ["(whole model)", "a", "a.b"])],
+)
+def test_modules_are_printed_down_to_a_depth(depth, names):
+    modules = {name: {"params": 3, "macs": 5} for name in ("", "a", "a.b", "a.b.c")}
+    text = costs.format_report({"modules": modules, "input_size": (8, 9)}, depth=depth)
+    assert [line.split("  ")[0] for line in text.splitlines()[2:]] == names
+
+
 def test_tool_writes_json_for_both_kinds(tmp_path, capsys):
     path = tmp_path / "r.json"
     totals = []
