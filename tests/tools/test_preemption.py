@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from d2dense import checkpoint
 from d2dense.engine.signals import EXIT_PREEMPTED
 from d2dense.engine.train_net import main
 from d2dense.engine.trainer import Trainer
+from tests.commands import Command
 from tests.tools.interrupted import assert_same
 
 DEADLINE = 120
@@ -29,19 +29,11 @@ class Run:
         log: file for its output.
     """
 
-    def __init__(self, root, config, *arguments, launcher=(sys.executable,), log):
+    def __init__(self, root, config, *arguments, launcher=(), log):
         environ = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-        command = [*launcher, str(root / "tools" / "train_net.py"), "--config-file", config]
+        words = [*launcher, root / "tools" / "train_net.py", "--config-file", config, *arguments]
         self.log = Path(log)
-        with self.log.open("w") as output:
-            self.process = subprocess.Popen(
-                [*map(str, command), *map(str, arguments)],
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env=environ,
-                cwd=root,
-                start_new_session=True,
-            )
+        self.process = Command(words, log=self.log, environ=environ, cwd=root)
 
     def wait_for(self, condition, what):
         start = time.monotonic()
@@ -49,7 +41,7 @@ class Run:
             if self.process.poll() is not None:
                 raise AssertionError(f"ended before {what}:\n{self.log.read_text()[-3000:]}")
             if time.monotonic() - start > DEADLINE:
-                self.kill()
+                self.process.kill()
                 raise AssertionError(f"no {what}:\n{self.log.read_text()[-3000:]}")
             time.sleep(0.02)
 
@@ -57,12 +49,8 @@ class Run:
         try:
             return self.process.wait(DEADLINE)
         except subprocess.TimeoutExpired:
-            self.kill()
+            self.process.kill()
             raise AssertionError(f"hangs:\n{self.log.read_text()[-3000:]}") from None
-
-    def kill(self):
-        os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
 
 
 def children(pid):
@@ -162,20 +150,18 @@ def test_torchrun_restarts_after_a_kill_and_loses_little(repo_root, configs, tmp
     """One of two workers is killed with -9; the run goes on by itself to the same weights."""
     steps, period = 60, 5
     launcher = [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+        *("-m", "tests.torchrun", "--standalone"),
         *("--nproc-per-node", "2", "--max-restarts", "2", "--monitor-interval", "0.1"),
     ]
-    weights = []
-    for name in ("killed", "whole"):
-        folder = tmp_path / name
-        arguments = [*overrides(folder, steps, period), "--device", "cpu"]
-        run = Run(repo_root, configs["lazy"], *arguments, launcher=launcher, log=tmp_path / "log")
-        if name == "killed":
-            run.wait_for(lambda f=folder: saved_iteration(f) >= 9, "second checkpoint")
-            os.kill(children(run.process.pid)[1], signal.SIGKILL)
-        assert run.exit_code() == 0, run.log.read_text()[-3000:]
-        weights.append(checkpoint.read(folder / "model_final.pth"))
-    log = (tmp_path / "killed" / "log.txt").read_text()
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    arguments = [*overrides(whole, steps, period), "--device", "cpu", "--num-gpus", "2"]
+    assert main(["--config-file", configs["lazy"], *arguments]) == 0
+    arguments = [*overrides(killed, steps, period), "--device", "cpu"]
+    run = Run(repo_root, configs["lazy"], *arguments, launcher=launcher, log=tmp_path / "log")
+    run.wait_for(lambda: saved_iteration(killed) >= 9, "second checkpoint")
+    os.kill(children(run.process.pid)[-1], signal.SIGKILL)
+    assert run.exit_code() == 0, run.log.read_text()[-3000:]
+    log = (killed / "log.txt").read_text()
     resumed = [line for line in log.splitlines() if "resumed from" in line]
     assert len(resumed) == 1
     start = int(resumed[0].rsplit(" ", 1)[1])
@@ -185,7 +171,8 @@ def test_torchrun_restarts_after_a_kill_and_loses_little(repo_root, configs, tmp
     )
     assert start >= 10
     assert before - start <= period + 5  # a report is up to five steps late
-    assert_same(weights[0], weights[1])
+    one, two = (checkpoint.read(folder / "model_final.pth") for folder in (killed, whole))
+    assert_same(one, two)
 
 
 @pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.long)])
@@ -196,7 +183,7 @@ def test_a_restart_without_a_checkpoint_starts_anew(repo_root, configs, tmp_path
     assert main(["--config-file", configs["lazy"], *arguments]) == 0
     earlier = (folder / "model_final.pth").stat().st_mtime_ns
     launcher = [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+        *("-m", "tests.torchrun", "--standalone"),
         *("--nproc-per-node", str(processes), "--max-restarts", "1", "--monitor-interval", "0.1"),
     ]
     arguments = [*overrides(folder, 150, 1000), "--device", "cpu"]

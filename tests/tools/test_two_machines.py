@@ -68,7 +68,7 @@ def agents(root, folder, config, output):
             config,
             output,
             launcher=[
-                *("-m", "torch.distributed.run", "--nnodes", 2, "--node-rank", k),
+                *("-m", "tests.torchrun", "--nnodes", 2, "--node-rank", k),
                 *("--nproc-per-node", 1, "--master-addr", "127.0.0.1", "--master-port", port),
             ],
         )
