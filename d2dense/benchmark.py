@@ -4,6 +4,7 @@ ratios.
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import datetime
 import gc
@@ -22,6 +23,7 @@ from tabulate import tabulate
 from torch.utils.flop_counter import FlopCounterMode
 
 __all__ = [
+    "add_flags",
     "compare",
     "interleaved",
     "machine",
@@ -187,6 +189,13 @@ def process_memory(field: str) -> int:
         if line.startswith(f"{field}:"):
             return int(line.split()[1]) * 1024
     raise RuntimeError(f"no {field} in /proc/self/status")
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add ``--device``, one of those that are here, and ``--output``, the folder of the report."""
+    devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
+    parser.add_argument("--device", choices=devices, default=devices[0])
+    parser.add_argument("--output", type=Path, default=Path("benchmarks"), metavar="DIR")
 
 
 def machine() -> dict[str, Any]:

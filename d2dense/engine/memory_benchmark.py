@@ -187,8 +187,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--config-file", default="FSCascade/faster_rcnn_r50_fpn_1x", metavar="F")
     add("--size", nargs=2, type=int, default=[480, 640], metavar=("H", "W"))
     add("--images", type=int, default=4, help="per step")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--output", type=Path, default=Path("benchmarks"))
+    benchmark.add_flags(parser)
     args = parser.parse_args(argv)
     # freed memory goes back to the system at once, so that the resident size is what is in use
     os.environ["MALLOC_MMAP_THRESHOLD_"] = os.environ["MALLOC_TRIM_THRESHOLD_"] = str(2**16)

@@ -9,7 +9,6 @@ import argparse
 import statistics
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -133,8 +132,7 @@ def main(argv=None) -> None:
     parser.add_argument("--points", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=2, help="of the CPU")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--output", type=Path, default=Path("benchmarks"))
+    benchmark.add_flags(parser)
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     kinds = [torch.float32]

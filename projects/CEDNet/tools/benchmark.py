@@ -136,9 +136,8 @@ def main(argv=None) -> None:
     parser.add_argument("--size", nargs=2, type=int, default=[512, 512], metavar=("H", "W"))
     parser.add_argument("--batch", type=int, default=1, help="images per call")
     parser.add_argument("--rounds", type=int, default=9, help="a third of it for the second table")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile")
-    parser.add_argument("--output", type=Path, default=Path("benchmarks"))
+    benchmark.add_flags(parser)
     args = parser.parse_args(argv)
     compiled = {k: v for k, v in COMPILED.items() if not args.no_compile or v[1] == "TorchScript"}
     few = max(args.rounds // 3, 1)

@@ -281,9 +281,8 @@ def main(argv=None) -> None:
     parser.add_argument(
         "--rounds", type=int, default=5, help="of inference; a third of it for the rest"
     )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
-    parser.add_argument("--output", type=Path, default=Path("benchmarks"))
+    benchmark.add_flags(parser)
     args = parser.parse_args(argv)
     parts = {
         "Inference": measure_inference,

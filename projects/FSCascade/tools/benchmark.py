@@ -100,8 +100,7 @@ def main(argv=None) -> None:
     parser = ToolParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", nargs=2, type=int, default=[320, 480], metavar=("H", "W"))
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--output", type=Path, default=Path("benchmarks"))
+    benchmark.add_flags(parser)
     args = parser.parse_args(argv)
     height, width = args.size
     report = benchmark.write_report(

@@ -141,8 +141,7 @@ def main(argv=None) -> None:
         metavar=("H", "W"),
         help="size of the whole image; 0 0 leaves it out",
     )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--output", type=Path, default=Path("benchmarks"))
+    benchmark.add_flags(parser)
     args = parser.parse_args(argv)
     height, width = args.size
     tables = {
