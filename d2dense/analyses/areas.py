@@ -30,7 +30,7 @@ def relative_thresholds(steps: int = 1000) -> Tensor:
 
 
 def relative(gradient: Tensor) -> Tensor:
-    """Divide a map by its largest value; a map of zeros stays as it is."""
+    """Return a map ``(...)`` divided by its largest value, float64; zeros stay zeros."""
     largest = gradient.max()
     return gradient.double() / largest.double() if largest > 0 else gradient.double()
 

@@ -115,6 +115,11 @@ class BatchedCascadeROIHeads(StandardROIHeads):
     ) -> tuple[list[Instances], dict[str, Tensor]]:
         """As Detectron2's ``ROIHeads.forward``: in training (proposals, losses), else (detections,
         {}).
+
+        Args:
+            features: ``(N, C, Hi, Wi)`` by name
+            proposals: per image, with ``proposal_boxes`` and ``objectness_logits``
+            targets: in training the ground truth per image
         """
         if self.training:
             return self._forward_train(features, proposals, targets)

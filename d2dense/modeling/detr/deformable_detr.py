@@ -283,7 +283,7 @@ class DeformableDETR(nn.Module):
         return [(images.tensor.shape[2], images.tensor.shape[3])] * len(images.image_sizes)
 
     def decode(self, memory: Memory, *, all_layers: bool = True) -> tuple[Tensor, Tensor]:
-        """Return what :meth:`predict` does of the queries that the memory gives."""
+        """Return the logits and boxes of :meth:`predict` for the queries that the memory gives."""
         return self.predict(self.queries(memory), memory, all_layers=all_layers)
 
     def predict(

@@ -111,6 +111,9 @@ class Mask2FormerCriterion(nn.Module):
     def match(self, logits: Tensor, masks: Tensor, targets: Sequence[MaskTargets]) -> Pairs:
         """Return the pairs of least total cost, of all images and predictions with one copy to the
         host.
+
+        Args:
+            logits, masks: as in :meth:`forward`, float32
         """
         costs = [
             self.cost(logits[:, i], masks[:, i], target).flatten()

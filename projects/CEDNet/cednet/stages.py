@@ -52,7 +52,9 @@ class BlockSequence(nn.Sequential):
 
 
 def downsampling(in_channels: int, out_channels: int, norm: str) -> ConvNormAct:
-    """Return the 2x2 convolution of stride 2 with norm that leads to the next scale."""
+    """Return the 2x2 convolution of stride 2 with norm that leads to the next scale,
+    ``(N, in_channels, H, W)`` to ``(N, out_channels, H / 2, W / 2)``.
+    """
     return ConvNormAct(
         in_channels, out_channels, 2, stride=2, padding=0, norm=norm, activation="none"
     )
@@ -137,6 +139,7 @@ class Decoder(nn.Module):
         self.smooth = nn.ModuleList(smooth or [nn.Identity(), nn.Identity(), nn.Identity()])
 
     def forward(self, c3: Tensor, c4: Tensor, c5: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the fused C3, C4, C5, each of its own shape ``(N, Ci, Hi, Wi)``."""
         c4 = self.after[0](self.norm[0](self.before[0](c4) + _doubled(self.up[0](c5))))
         c3 = self.after[1](self.norm[1](self.before[1](c3) + _doubled(self.up[1](c4))))
         return self.smooth[0](c3), self.smooth[1](c4), self.smooth[2](c5)
@@ -147,7 +150,7 @@ def _doubled(x: Tensor) -> Tensor:
 
 
 class Stage(nn.Module):
-    """An encoder and, unless it is None, a decoder."""
+    """An encoder and, unless it is None, a decoder: arguments of the first, maps of the last."""
 
     def __init__(self, *, encoder: Encoder, decoder: Decoder | None):
         super().__init__()

@@ -94,7 +94,7 @@ class CoDETR(DeformableDETR):
         return {**base, **parts.collaboration(cfg, strides)}
 
     def losses(self, images: ImageList, instances: Sequence[Instances]) -> dict[str, Tensor]:
-        """Return all losses of a batch, in training mode or not."""
+        """As in :class:`DeformableDETR`, with those of the collaborative part."""
         memory = self.encode(images)
         targets = self.build_targets(images, instances)
         losses = self.main_losses(memory, targets)
@@ -106,7 +106,13 @@ class CoDETR(DeformableDETR):
     def collaborative_losses(
         self, memory: Memory, instances: Sequence[Instances], targets: Targets
     ) -> dict[str, Tensor]:
-        """Return the losses of the auxiliary heads and of their queries."""
+        """Return the losses of the auxiliary heads and of their queries; names as in the class.
+
+        Args:
+            instances: per image, with ``gt_boxes``, absolute xyxy, and ``gt_classes``, of the size
+                that boxes are relative to
+            targets: the same for the decoder
+        """
         maps = self.adapter(memory)
         found = [head.losses(maps, instances) for head in self.auxiliary_heads]
         losses = self._head_losses([each for each, _ in found]) if self.train_heads else {}
@@ -129,7 +135,11 @@ class CoDETR(DeformableDETR):
     def query_losses(
         self, candidates: Sequence[Candidates], memory: Memory, targets: Targets
     ) -> dict[str, Tensor]:
-        """Return the losses of the customised positive queries."""
+        """Return the losses of the customised positive queries, ``..._aux{h}`` of head h.
+
+        Args:
+            candidates: of each head
+        """
         selected = self.positive_queries.select(
             candidates, targets.sizes, num_classes=self.num_classes
         )

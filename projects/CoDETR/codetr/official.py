@@ -230,7 +230,7 @@ def loss_tensors(
     gt_boxes: Sequence[Tensor],
     gt_labels: Sequence[Tensor],
 ) -> dict[str, Tensor]:
-    """Return what :func:`losses` does with the graph that made it."""
+    """Return what :func:`losses` does, scalars with the graph that made them."""
     instances = []
     for size, boxes, labels in zip(valid_sizes, gt_boxes, gt_labels):
         objects = Instances(tuple(size))

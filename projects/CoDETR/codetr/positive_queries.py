@@ -180,7 +180,7 @@ class PositiveQueries(nn.Module):
     def select(
         self, candidates: Sequence[Candidates], sizes: Tensor, *, num_classes: int
     ) -> list[Selected]:
-        """Return what becomes queries, see :func:`select`."""
+        """Return what becomes queries of each head's candidates; arguments as in :func:`select`."""
         return select(
             candidates,
             sizes,

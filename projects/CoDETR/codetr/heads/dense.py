@@ -109,7 +109,11 @@ class DenseHead(AuxiliaryHead):
         ratings: Tensor | None,
         **limits: float,
     ) -> list[Instances]:
-        """Return the detections among scored boxes within this head's limits, or others."""
+        """Return the detections among scored boxes within this head's limits, or others.
+
+        Args:
+            scores, boxes, ratings, image_sizes, **limits: see :func:`dense_detections`
+        """
         sizes = [each.shape[2] * each.shape[3] * self.anchors.per_cell for each in maps]
         limits = {**self.detection, **limits}
         return dense_detections(scores, boxes, sizes, image_sizes, ratings=ratings, **limits)
@@ -136,7 +140,13 @@ class Tower(nn.Sequential):
 def output_conv(
     channels: int, outputs: int, *, kernel: int = 3, prior: float | None = None
 ) -> nn.Conv2d:
-    """Return the last convolution of a branch, whose scores start at ``prior`` if given."""
+    """Return the last convolution of a branch, ``(N, C, Hl, Wl)`` to ``(N, outputs, Hl, Wl)``.
+
+    Args:
+        channels: C
+        kernel: its side
+        prior: what the sigmoid of its outputs starts at; None: at 1/2
+    """
     conv = nn.Conv2d(channels, outputs, kernel, padding=kernel // 2)
     nn.init.normal_(conv.weight, std=0.01)
     nn.init.constant_(conv.bias, 0.0 if prior is None else math.log(prior / (1 - prior)))
@@ -158,7 +168,7 @@ class LevelScales(nn.Module):
         )
 
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
-        """Return the maps of all levels times their factors."""
+        """Return the maps ``(N, ..., Hl, Wl)`` of all levels times their factors."""
         return [each * scale for each, scale in zip(maps, self.scales)]
 
 
@@ -169,8 +179,8 @@ def flatten_levels(maps: Sequence[Tensor], size: int) -> Tensor:
 
 
 def average_factor(number: Tensor) -> Tensor:
-    """Return the mean of each process's ``number``, at least 1, without gradient and without
-    waiting for the device. All processes must call it equally often.
+    """Return the mean of each process's ``number`` ``(...)``, at least 1, without gradient and
+    without waiting for the device. All processes must call it equally often.
     """
     mean = number.detach().float().clone()
     if comm.get_world_size() > 1:
@@ -208,7 +218,7 @@ def focal_losses(
 
 
 def focal_sum(logits: Tensor, labels: Tensor, counted: Tensor | None = None) -> Tensor:
-    """Return the sum of the :func:`focal_losses`."""
+    """Return the sum of the :func:`focal_losses`, a scalar; the same arguments."""
     return focal_losses(logits, labels, counted).sum()
 
 

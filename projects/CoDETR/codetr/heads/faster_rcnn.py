@@ -255,7 +255,13 @@ class FasterRCNNHead(AuxiliaryHead):
     def region_losses(
         self, logits: Tensor, deltas: Tensor, regions: SampledRegions
     ) -> dict[str, Tensor]:
-        """Return the losses of :meth:`predict`'s outputs, divided by the number of regions."""
+        """Return ``loss_cls`` and ``loss_bbox`` of :meth:`predict`'s outputs, divided by the number
+        of regions.
+
+        Args:
+            logits: ``(N R, K + 1)``
+            deltas: ``(N R, 4)``, or ``(N R, 4 K)`` where they are by class
+        """
         labels, there = regions.labels.flatten(), regions.there.flatten()
         positive, boxes = regions.positive.flatten(), regions.boxes.flatten(0, 1)
         number = average_factor(there.sum())

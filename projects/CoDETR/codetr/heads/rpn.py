@@ -114,7 +114,11 @@ class ProposalNetwork(nn.Module):
     def losses(
         self, maps: Sequence[Tensor], objects: Objects
     ) -> tuple[dict[str, Tensor], Proposals]:
-        """Return ``loss_rpn_cls`` and ``loss_rpn_bbox``, and the proposals for training."""
+        """Return ``loss_rpn_cls`` and ``loss_rpn_bbox``, and the proposals for training.
+
+        Args:
+            maps: ``(N, C, Hl, Wl)`` per level
+        """
         logits, deltas = self.predict(maps)
         anchors = self.anchors.of(maps)
         inside = inside_images(maps, self.strides, objects.sizes, per_cell=self.anchors.per_cell)
