@@ -152,6 +152,7 @@ def peak_memory(call: Callable[[], Any], *, forked: bool = True) -> int:
         try:
             # the thread pool does not survive a fork, so the child computes on one thread
             torch.set_num_threads(1)
+            gc.freeze()  # a look through all that is there already would copy its pages
             os.write(write, str(_resident_peak(call)).encode())
         except BaseException:
             traceback.print_exc()  # it must not return into the parent's program

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import random
@@ -27,6 +28,12 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("long") and not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(LONG_TIMEOUT))
+
+
+def pytest_collection_finish():
+    """Spare the garbage collector, here and in forks, what stays until the end: every module."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+import os
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +17,7 @@ from d2dense.data.datasets import load, register_custom
 from d2dense.data.loaders import build_train_loader
 from d2dense.data.mappers import DetectionMapper
 from d2dense.errors import UserError
+from tests.commands import Command
 from tools import check_dataset as check_tool
 from tools import visualize_data as visualize_tool
 
@@ -360,13 +360,12 @@ def test_no_picture_to_draw_is_a_mistake(number):
         visualize_tool.main(["--dataset", "coco_2017_val", "--num", number])
 
 
-def test_the_command_line_ends_without_a_traceback(tiny, repo_root):
-    command = [sys.executable, str(repo_root / "tools/check_dataset.py"), "--images", tiny.images]
-    done = subprocess.run(
-        [*command, "--json", "absent.json"], capture_output=True, text=True, cwd=repo_root
-    )
-    assert done.returncode == 2
-    assert done.stderr == "error: the command line: absent.json does not exist; correct the path\n"
+def test_the_command_line_ends_without_a_traceback(tiny, repo_root, tmp_path):
+    words = [repo_root / "tools/check_dataset.py", "--images", tiny.images, "--json", "absent.json"]
+    log = tmp_path / "log"
+    assert Command(words, log=log, environ=os.environ, cwd=repo_root).wait() == 2
+    line = "error: the command line: absent.json does not exist; correct the path\n"
+    assert log.read_text() == line
 
 
 def yaml_config(folder: Path, text: str = "") -> str:

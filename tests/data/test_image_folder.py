@@ -102,7 +102,7 @@ def register(**slots):
     return datasets.register_custom(entries)
 
 
-def test_slots_of_a_config_become_data_sets(folder, tmp_path):
+def test_slots_of_a_config_become_data_sets(folder, tmp_path, tiny):
     register(train=folder, val=folder)
     assert classes.dataset_classes(["custom_train", "custom_val"], "image") == [
         "C",
@@ -118,8 +118,9 @@ def test_slots_of_a_config_become_data_sets(folder, tmp_path):
         datasets.register_custom({"train": {"kind": "image_folder", "labels": folder}})
     with pytest.raises(UserError, match=r"has no objects \(thing_classes\)"):
         classes.dataset_classes("custom_train")
+    datasets.register("objects", datasets.DatasetSpec(json=tiny.json, images=tiny.images))
     with pytest.raises(UserError, match="has no classes of whole images"):
-        classes.dataset_classes("shapes_train", "image")
+        classes.dataset_classes("objects", "image")
 
 
 # ------------------------------------------------ mapper and loader

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+import os
 
 import numpy as np
 import pytest
@@ -12,6 +11,7 @@ from PIL import Image
 
 from d2dense.data.label_conversion import convert_folder
 from d2dense.errors import UserError
+from tests.commands import Command
 from tools import convert_labels
 
 
@@ -93,9 +93,9 @@ def test_mistakes_are_one_line(tmp_path, options, words):
 
 
 def test_the_tool_ends_with_code_2(repo_root, tmp_path):
-    tool = str(repo_root / "tools" / "convert_labels.py")
-    argv = ["--table", "pascal_context", str(tmp_path / "absent"), str(tmp_path / "out")]
-    ended = subprocess.run([sys.executable, tool, *argv], capture_output=True, text=True)
-    assert ended.returncode == 2
-    assert "ends in '.png'" in ended.stderr
-    assert "Traceback" not in ended.stderr
+    words = [repo_root / "tools" / "convert_labels.py", "--table", "pascal_context"]
+    words += [tmp_path / "absent", tmp_path / "out"]
+    log = tmp_path / "log"
+    assert Command(words, log=log, environ=os.environ, cwd=tmp_path).wait() == 2
+    assert "ends in '.png'" in log.read_text()
+    assert "Traceback" not in log.read_text()

@@ -291,7 +291,8 @@ def _load_in_ranks(rank: int, folder: str, json_file: str, images: str) -> None:
 
 
 def test_one_rank_reads_for_all_and_its_errors_reach_all(tiny):
-    mp.spawn(_load_in_ranks, nprocs=3, args=(str(tiny.root), tiny.json, tiny.images))
+    args = (str(tiny.root), tiny.json, tiny.images)
+    mp.start_processes(_load_in_ranks, nprocs=3, args=args, start_method="forkserver")
     found = [json.loads((tiny.root / f"{rank}.json").read_text()) for rank in range(3)]
     assert [each["parsed"] for each in found] == [True, False, False]
     assert found[0]["ours"] == found[1]["ours"] == found[2]["ours"]

@@ -17,6 +17,7 @@ from d2dense.engine import launch as launching
 from d2dense.engine.launch import ProcessDied, launch
 from d2dense.engine.trainer import Trainer
 from d2dense.errors import UserError, run_tool
+from tests.commands import Command
 from tests.engine import workers
 from tests.engine.fakes import FakeExperiment, make_batches
 
@@ -153,12 +154,12 @@ def test_srun_is_picked_up(tmp_path, repo_root):
         "MASTER_PORT": str(port),
     }
     environment = {**os.environ, **step, "NOTES": str(tmp_path), "PYTHONPATH": str(repo_root)}
-    command = [sys.executable, "-m", "tests.engine.workers"]
     tasks = [
-        subprocess.Popen(
-            command,
-            env={**environment, "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)},
+        Command(
+            ["-m", "tests.engine.workers"],
+            environ={**environment, "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)},
             cwd=repo_root,
+            log=tmp_path / f"log{rank}",
         )
         for rank in (0, 1)
     ]

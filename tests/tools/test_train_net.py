@@ -15,6 +15,7 @@ from d2dense.data import shapes
 from d2dense.engine.experiment import experiment
 from d2dense.engine.train_net import main
 from d2dense.errors import UserError, run_tool
+from tests.commands import Command
 
 KINDS = ("yaml", "lazy")
 
@@ -199,12 +200,16 @@ def test_output_folder_that_cannot_be_written(tmp_path, configs):
 
 
 def test_two_processes_from_the_shell(tmp_path, configs, repo_root):
-    """The script itself, in a fresh process: two CPU workers, then a mistake inside of them."""
-    script = [sys.executable, str(repo_root / "tools" / "train_net.py")]
-    command = [*script, "--config-file", configs["lazy"], "--num-gpus", "2", "--device", "cpu"]
+    """The script itself, in a fresh interpreter: two CPU workers, which are interpreters too. Then
+    a mistake inside of them.
+    """
+    script = str(repo_root / "tools" / "train_net.py")
+    words = [script, "--config-file", configs["lazy"], "--num-gpus", "2", "--device", "cpu"]
     path = os.pathsep.join([str(repo_root), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
+    done = subprocess.run(
+        [sys.executable, *words], env=environment, capture_output=True, text=True, cwd=tmp_path
+    )
     assert done.returncode == 0, done.stderr
     assert "iter 4/4" in done.stdout
     assert "2 process(es)" in done.stdout
@@ -217,11 +222,11 @@ def test_two_processes_from_the_shell(tmp_path, configs, repo_root):
     for name in ("total_loss", "lr", "bbox/AP"):
         assert rows(out)[-1][name] == pytest.approx(expected[name], rel=0.05), name
 
-    command += ["--eval-only", f"train.init_checkpoint={tmp_path / 'none.pth'}"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 2
-    assert "Traceback" not in done.stderr
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    words += ["--eval-only", f"train.init_checkpoint={tmp_path / 'none.pth'}"]
+    log = tmp_path / "log"
+    assert Command(words, log=log, environ=environment, cwd=tmp_path).wait(120) == 2
+    assert "Traceback" not in log.read_text()
+    errors = [line for line in log.read_text().splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
     assert "none.pth does not exist" in errors[0]
 
