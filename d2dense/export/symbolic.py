@@ -60,11 +60,13 @@ def symbolic_sizes() -> Iterator[None]:
             (FakeImplCtx, "create_unbacked_symint", FakeImplCtx.new_dynamic_size),
             (fake_impls, "_compute_slice_index", _index_within),
             (Tensor, "contiguous", _contiguous),
+            (torch.SymInt, "__mod__", _remainder),
         ):
             stack.enter_context(mock.patch.object(target, attribute, replacement))
         for name, replacement in (
             ("torch.nn.functional.scaled_dot_product_attention", _attend_with_heads),
             ("torch.nn.functional.batch_norm", _normalize),
+            ("torch.nn.functional.adaptive_avg_pool2d", _average),
             ("detectron2.modeling.anchor_generator._create_grid_offsets", _grid_offsets),
             (f"{_RPN}.rpn.find_top_rpn_proposals", _find_proposals),
             (f"{_BOXES}.fast_rcnn_inference_single_image", _detections),
@@ -130,6 +132,11 @@ def _contiguous(x: Tensor, memory_format: torch.memory_format = torch.contiguous
     if memory_format is torch.contiguous_format and is_contiguous_or_false(x):
         return x
     return x.clone(memory_format=memory_format)
+
+
+def _remainder(a: int, b: int) -> int:
+    """In sums, where remainders stay as they are, quotients cancel: nested sizes stay short."""
+    return a - a // b * b
 
 
 def _hint(size: int) -> int:
@@ -253,6 +260,28 @@ def _detections(
     return found, region[keep]
 
 
+def _average(x: Tensor, output_size: int | Sequence[int]) -> Tensor:
+    """Adaptive average pooling by a matrix for each side; ONNX has it for one size only."""
+    sizes = (output_size, output_size) if isinstance(output_size, int) else output_size
+    rows, columns = (_windows(x, dim, size) for dim, size in zip((-2, -1), sizes))
+    return rows @ x @ columns.mT
+
+
+def _windows(x: Tensor, dim: int, size: int) -> Tensor:
+    """Return a matrix ``(size, length)`` whose rows average over windows along ``dim``."""
+    length = x.shape[dim]
+    first, last = _ends(x, length, size)
+    place = torch.arange(length, device=x.device)
+    inside = ((place >= first[:, None]) & (place <= last[:, None])).to(x.dtype)
+    return inside / (last - first + 1)[:, None]
+
+
+def _ends(x: Tensor, length: int, size: int) -> tuple[Tensor, Tensor]:
+    """Return the first and the last place of each of ``size`` windows, as adaptive pooling cuts."""
+    place = torch.arange(size, device=x.device)
+    return place * length // size, ((place + 1) * length + size - 1) // size - 1
+
+
 def _resized(x: Tensor, like: Tensor) -> Tensor:
     """Pyramids' ``resize`` in the direction of the recorded image; levels that are larger for one
     image are never smaller for another.
@@ -268,9 +297,7 @@ def _resized(x: Tensor, like: Tensor) -> Tensor:
 def _largest_of_windows(x: Tensor, dim: int, size: int) -> Tensor:
     """Adaptive max pooling along ``dim``."""
     before = x.shape[dim]
-    place = torch.arange(size, device=x.device)
-    first = place * before // size
-    last = ((place + 1) * before + size - 1) // size - 1
+    first, last = _ends(x, before, size)
     # a window of the ratio r has r + 1 places at most; a place twice changes nothing
     ratio = -(-_hint(before) // _hint(size))
     rows = (torch.minimum(first + k, last) for k in range(ratio + 1))

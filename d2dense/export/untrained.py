@@ -17,9 +17,11 @@ from .adapters import adapt
 __all__ = ["spread_outputs"]
 
 # Standard deviation of what a model's last layers give, by the ends of their names: logits, and
-# deltas of boxes, which stay moderate.
+# deltas of boxes, which stay moderate; and of what attention of queries compares, for all of them
+# would see the mean of the image.
 _SPREADS = {
     re.compile(r"(cls_score|objectness_logits|classes(\.\d+)?|classifier|predictor|linear)$"): 2.0,
+    re.compile(r"_(query|key)$"): 1.5,
     re.compile(r"(bbox_pred|anchor_deltas|boxes(\.\d+)?\.layers\.\d+)$"): 0.2,
 }
 
@@ -54,14 +56,17 @@ def spread_outputs(model: nn.Module, image: Tensor) -> nn.Module:
 
 
 class _Rescale:
-    """A hook that acts in its layer's first call, so that later layers see what they will get."""
+    """A hook that acts while the model runs, so that later layers see what they will get: in the
+    first call for maps, of which the finest come first; in the last one for rows, which are all
+    alike before the first layer of a decoder.
+    """
 
     def __init__(self, spread: float):
         self.spread = spread
         self.done = False
 
     def __call__(self, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Any:
-        if self.done or not output.numel():
+        if (self.done and output.dim() == 4) or not output.numel():
             return None
         self.done = True
         weight = layer.get_parameter("weight")
@@ -71,7 +76,11 @@ class _Rescale:
         # the bias moves all places alike, channel by channel
         dim = 1 if output.dim() == 4 else -1
         channels = output.movedim(dim, 0).flatten(1)
-        found = channels - channels.mean(1, keepdim=True)
+        mean = channels.mean(1)
+        found = channels - mean[:, None]
         if found.any():
-            weight.mul_(min(self.spread / found.std(), _MOST / found.abs().max()))
+            factor = min(self.spread / found.std(), _MOST / found.abs().max())
+            weight.mul_(factor)
+            if dim == -1 and layer.bias is not None:  # the mean stays, where rows are much alike
+                layer.bias.add_((1 - factor) * (mean - layer.bias))
         return layer.forward(*inputs)
