@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
 
-__all__ = ["ToolParser", "UserError", "nearest", "run_tool"]
+__all__ = ["ToolParser", "UserError", "nearest", "one_or_more", "run_tool"]
 
 
 # A config key before '=' (a dotted path, or an upper-case name), and one followed by its value.
@@ -124,6 +124,17 @@ def nearest(name: str, names: Iterable[str]) -> str:
     """
     close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def one_or_more(text: str) -> int:
+    """Read the number that a flag counts something by, as the ``type`` of its argument."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
+    return value
 
 
 def run_tool(main: Callable[[], int | None]) -> int:

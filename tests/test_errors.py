@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from d2dense.errors import ToolParser, UserError, nearest, run_tool
+from d2dense.errors import ToolParser, UserError, nearest, one_or_more, run_tool
 
 
 def test_user_error_is_one_line_and_code_2(capsys):
@@ -93,3 +93,12 @@ def test_a_flag_without_its_value_is_no_empty_list(parse):
     parser.add_argument("--file")
     with pytest.raises(UserError, match="--file"):
         getattr(parser, parse)(["--file=--"])
+
+
+@pytest.mark.parametrize("text", ["0", "-3", "1.5", "", "many", "nan"])
+def test_a_count_is_a_whole_number_of_one_or_more(text):
+    parser = ToolParser(prog="tool")
+    parser.add_argument("--num", type=one_or_more)
+    assert parser.parse_args(["--num", "12"]).num == 12
+    with pytest.raises(UserError, match=f"argument --num: '{text}' is not a whole number"):
+        parser.parse_args([f"--num={text}"])

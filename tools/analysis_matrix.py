@@ -26,7 +26,7 @@ import torch
 
 from d2dense import benchmark, config, model_zoo
 from d2dense.data import shapes
-from d2dense.errors import ToolParser, UserError, nearest, run_tool
+from d2dense.errors import ToolParser, UserError, nearest, one_or_more, run_tool
 
 ROOT = Path(__file__).resolve().parents[1]
 WORKS, REFUSED, DEFECT = "works", "refused", "DEFECT"
@@ -329,8 +329,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--output", type=Path, default=Path("docs/analyses"), help="without ending")
     add("--analysis", action="append", default=[], metavar="NAME", help="only these; by name")
     add("--family", action="append", default=[], metavar="NAME", help="only these; by name")
-    add("--images", type=int, default=1, help="generated pictures")
-    add("--size", type=int, default=96, help="their side in pixels")
+    add("--images", type=one_or_more, default=1, help="generated pictures")
+    add("--size", type=one_or_more, default=96, help="their side in pixels")
     return parser.parse_args(argv)
 
 

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from d2dense import config, costs
-from d2dense.errors import ToolParser, UserError, run_tool
+from d2dense.errors import ToolParser, one_or_more, run_tool
 
 
 def main(argv=None):
@@ -14,7 +14,9 @@ def main(argv=None):
     parser.add_argument(
         "--tasks", nargs="+", choices=["params", "flops", "structure"], default=["params", "flops"]
     )
-    parser.add_argument("--input-size", nargs=2, type=int, default=[800, 1280], metavar=("H", "W"))
+    parser.add_argument(
+        "--input-size", nargs=2, type=one_or_more, default=[800, 1280], metavar=("H", "W")
+    )
     parser.add_argument(
         "--without-attention",
         action="store_true",
@@ -25,8 +27,6 @@ def main(argv=None):
     parser.add_argument("--json", type=Path, help="also write the whole report here")
     parser.add_argument("overrides", nargs="*", help="KEY VALUE or key=value")
     args = parser.parse_intermixed_args(argv)
-    if min(args.input_size) < 1:
-        raise UserError(f"--input-size is {args.input_size}, expected two positive numbers")
     model = config.build_model(config.load(args.config_file, args.overrides), device="cpu")
     report = costs.analyze(
         model,

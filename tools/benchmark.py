@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from d2dense.errors import ToolParser, UserError, run_tool
+from d2dense.errors import ToolParser, UserError, one_or_more, run_tool
 
 _SIZES = {"cpu": (384, 384), "cuda": (800, 1280)}
 _COMPILED = ("backbone of *", "timm convnext*", "timm test_*")
@@ -25,11 +25,18 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add(
         "--size",
         nargs=2,
-        type=int,
+        type=one_or_more,
         metavar=("H", "W"),
         help="of the images; default: 384 384 on the CPU, 800 1280 on CUDA",
     )
-    add("--batch", nargs="+", type=int, default=[1, 8], metavar="N", help="images of inference")
+    add(
+        "--batch",
+        nargs="+",
+        type=one_or_more,
+        default=[1, 8],
+        metavar="N",
+        help="images of inference",
+    )
     add("--precision", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"])
     modes = ("eager", "compiled", "exported")
     add("--modes", nargs="+", choices=modes, default=list(modes))
@@ -50,11 +57,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--training", action=argparse.BooleanOptionalAction, default=True)
     add(
         "--training-batch",
-        type=int,
+        type=one_or_more,
         metavar="N",
         help="least of a step; default: 1 on the CPU, 2 on CUDA",
     )
-    add("--rounds", type=int, default=3, help="of one image; others take fewer")
+    add("--rounds", type=one_or_more, default=3, help="of one image; others take fewer")
     add("--minutes", type=float, default=20.0, help="after which nothing new is begun")
     add("--quick", action="store_true", help="tiny models, to see whether the command works")
     add("--resume", action="store_true", help="measure what the last, equal run did not")
@@ -110,14 +117,8 @@ def _settings(args: argparse.Namespace) -> Any:
 
     for each in args.formats:
         check_format(each)
-    numbers = {"--batch": args.batch, "--rounds": [args.rounds], "--minutes": [args.minutes]}
-    if args.size:
-        numbers["--size"] = args.size
-    if args.training_batch is not None:
-        numbers["--training-batch"] = [args.training_batch]
-    for flag, values in numbers.items():
-        if min(values) <= 0:
-            raise UserError(f"{flag} is {min(values)}, expected a positive number")
+    if args.minutes <= 0:
+        raise UserError(f"--minutes is {args.minutes}, expected a positive number")
     return Settings(
         size=tuple(args.size or ((64, 64) if args.quick else _SIZES[args.device])),
         batches=tuple(sorted(set(args.batch))),

@@ -17,7 +17,7 @@ from typing import Any
 from d2dense.benchmark import write_report
 from d2dense.data import datasets, memory_benchmark, speed_benchmark
 from d2dense.data.memory_benchmark import Case
-from d2dense.errors import ToolParser, UserError, run_tool
+from d2dense.errors import ToolParser, UserError, one_or_more, run_tool
 
 _CASES = {
     "1 rank": Case(workers=2),
@@ -45,14 +45,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = ToolParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--parts", nargs="+", choices=("memory", "speed"), default=["memory", "speed"])
-    add("--images", type=int, default=1_000_000, help="images of the large annotation file")
-    add("--boxes", type=int, default=7_000_000, help="its boxes")
-    add("--batches", type=int, default=200, help="batches drawn before memory is looked at")
+    add("--images", type=one_or_more, default=1_000_000, help="images of the large annotation file")
+    add("--boxes", type=one_or_more, default=7_000_000, help="its boxes")
+    add("--batches", type=one_or_more, default=200, help="batches drawn before memory is looked at")
     add("--json", metavar="F", help="COCO json of pictures for the speed; default: shapes_train")
     add("--pictures", metavar="DIR", help="folder of its pictures")
     add("--labels", metavar="DIR", help="label maps of the same names (.png), for semantic")
     add("--workers", type=int, nargs="+", default=[0, 1, 2], help="for the speed")
-    add("--samples", type=int, default=120, help="drawn per turn, for the speed")
+    add("--samples", type=one_or_more, default=120, help="drawn per turn, for the speed")
     add("--output", default="benchmarks/data_loading", metavar="PATH", help="without suffix")
     return parser.parse_args(argv)
 

@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from d2dense import config
 from d2dense.data import check, datasets
-from d2dense.errors import ToolParser, UserError, run_tool
+from d2dense.errors import ToolParser, UserError, one_or_more, run_tool
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -47,7 +47,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--task", default="instance", help="cityscapes: instance or semantic")
     parser.add_argument("--masks", action="store_true", help="masks are needed")
     parser.add_argument("--fast", action="store_true", help="read only the headers of the images")
-    parser.add_argument("--workers", type=int, default=4)
+    parser.add_argument("--workers", type=one_or_more, default=4)
     parser.add_argument("overrides", nargs="*", help="config overrides, KEY VALUE or key=value")
     return parser.parse_intermixed_args(argv)
 

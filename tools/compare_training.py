@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from d2dense.engine.study import draw_curves, read_study, run_study, write_table
-from d2dense.errors import ToolParser, UserError, run_tool
+from d2dense.errors import ToolParser, UserError, one_or_more, run_tool
 
 
 def main(argv=None):
@@ -17,13 +17,11 @@ def main(argv=None):
     parser.add_argument("study", help="yaml file, see d2dense/engine/study.py")
     parser.add_argument("--runs", required=True, help="folder of the trainings")
     parser.add_argument("--output", required=True, help="Markdown file; .json and .png beside it")
-    parser.add_argument("--jobs", type=int, default=1, help="trainings at a time")
+    parser.add_argument("--jobs", type=one_or_more, default=1, help="trainings at a time")
     parser.add_argument(
         "--set", nargs="+", default=[], metavar="NAME=VALUE", help="values of $NAME in the study"
     )
     args = parser.parse_args(argv)
-    if args.jobs < 1:
-        raise UserError(f"--jobs {args.jobs}: expected 1 or more")
     values = {}
     for each in args.set:
         name, sign, value = each.partition("=")

@@ -17,7 +17,7 @@ import sys
 from collections.abc import Sequence
 
 from d2dense.data import label_conversion, label_tables
-from d2dense.errors import ToolParser, run_tool
+from d2dense.errors import ToolParser, one_or_more, run_tool
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--ignore-label", type=int, default=255, help="the number of no class")
     parser.add_argument("--suffix", default=".png", help="ending of the files to read")
     parser.add_argument("--new-suffix", help="what replaces it; by default it stays")
-    parser.add_argument("--workers", type=int, default=4)
+    parser.add_argument("--workers", type=one_or_more, default=4)
     parser.add_argument("source", metavar="SOURCE", help="folder of label maps")
     parser.add_argument("target", metavar="TARGET", help="folder to write")
     args = parser.parse_args(argv)

@@ -25,7 +25,7 @@ import numpy as np
 from tqdm import tqdm
 
 from d2dense.data.reading import SampleError, read_image
-from d2dense.errors import ToolParser, UserError, run_tool
+from d2dense.errors import ToolParser, UserError, one_or_more, run_tool
 from d2dense.inference import (
     CocoResults,
     Predictor,
@@ -48,8 +48,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--output", required=True, metavar="DIR", help="folder for drawings and predictions.json")
     add("--confidence-threshold", "--score-threshold", type=float, default=0.5, metavar="S")
     add("--classes", nargs="+", metavar="NAME", help="keep these classes only")
-    add("--top-k", type=int, metavar="K", help="keep the K best instances per picture")
-    add("--batch-size", type=int, default=1, help="pictures at once through the model")
+    add("--top-k", type=one_or_more, metavar="K", help="keep the K best instances per picture")
+    add("--batch-size", type=one_or_more, default=1, help="pictures at once through the model")
     add("--device", help="cpu or cuda; replaces the config's device")
     add("--no-draw", action="store_true", help="write the json only")
     add("--opts", nargs="+", default=[], metavar="O", help="changes of the config")
@@ -58,8 +58,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args.overrides += args.opts
     if not 0 <= args.confidence_threshold <= 1:
         raise UserError(f"score threshold {args.confidence_threshold} is not within 0 to 1")
-    if args.top_k is not None and args.top_k < 1:
-        raise UserError(f"--top-k {args.top_k}: at least 1 instance must be kept")
     return args
 
 

@@ -17,7 +17,7 @@ from detectron2.data import MetadataCatalog
 
 from d2dense import config
 from d2dense.data import classification, datasets, mappers, visualize
-from d2dense.errors import ToolParser, UserError, run_tool
+from d2dense.errors import ToolParser, UserError, one_or_more, run_tool
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -26,13 +26,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     source.add_argument("--config-file", help="config file or model-zoo name")
     source.add_argument("--dataset", help="registered name")
     parser.add_argument("--output", default="output/data", help="folder of the pictures")
-    parser.add_argument("--num", type=int, default=20, help="how many pictures")
+    parser.add_argument("--num", type=one_or_more, default=20, help="how many pictures")
     parser.add_argument("--scale", type=float, default=1.0, help="enlarge the pictures")
     parser.add_argument("overrides", nargs="*", help="config overrides, KEY VALUE or key=value")
-    args = parser.parse_intermixed_args(argv)
-    if args.num < 1:
-        raise UserError(f"--num {args.num}: at least 1 picture must be written")
-    return args
+    return parser.parse_intermixed_args(argv)
 
 
 def from_config(args: argparse.Namespace) -> tuple[Iterator[dict[str, Any]], str, str]:

@@ -24,7 +24,7 @@ from detectron2.data import MetadataCatalog
 from d2dense.analyses import command
 from d2dense.data import datasets
 from d2dense.data.reading import read_image, read_size
-from d2dense.errors import ToolParser, UserError, run_tool
+from d2dense.errors import ToolParser, UserError, one_or_more, run_tool
 from d2dense.evaluation.base import image_key
 from d2dense.inference import annotated, draw, read_outputs, select
 
@@ -37,12 +37,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--predictions", required=True, metavar="FILE", help="what was predicted")
     command.add_data(parser, default="or --json or --labels, with --images")
     add("--output", type=Path, required=True, metavar="DIR", help="folder of the drawings")
-    add("--num", type=int, default=20, help="how many pictures")
+    add("--num", type=one_or_more, default=20, help="how many pictures")
     add("--confidence-threshold", "--score-threshold", type=float, default=0.5, metavar="S")
     args = parser.parse_args(argv)
     if not 0 <= args.confidence_threshold <= 1:
         raise UserError(f"score threshold {args.confidence_threshold} is not within 0 to 1")
-    command.at_least_one(args, "num")
     return args
 
 

@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from d2dense.data import datasets
-from d2dense.errors import ToolParser, UserError
+from d2dense.errors import ToolParser, UserError, one_or_more
 
 from .subjects import DETECTORS, Subject, distinct_names, open_subject
 
 __all__ = [
     "add_data",
-    "at_least_one",
     "check_one_each",
     "custom_dataset",
     "distinct_config_names",
@@ -77,7 +76,7 @@ def make_parser(
     if data:
         add_data(parser, default="by default the test set of the configs")
     if data and num:
-        add("--num", type=int, help="images to use")
+        add("--num", type=one_or_more, help="images to use")
     add(
         "overrides",
         nargs="*",
@@ -175,14 +174,6 @@ def open_subjects(
     if len(tested) > 1:
         raise UserError(f"the configs have the test sets {', '.join(tested)}; choose by --dataset")
     return distinct_names(found)
-
-
-def at_least_one(args: argparse.Namespace, *flags: str) -> None:
-    """Refuse numbers below 1."""
-    for flag in flags:
-        value = getattr(args, flag)
-        if value is not None and value < 1:
-            raise UserError(f"--{flag} is {value}, expected 1 or more")
 
 
 def exactly_one(args: argparse.Namespace) -> None:

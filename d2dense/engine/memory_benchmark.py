@@ -24,7 +24,7 @@ from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 
 from d2dense import benchmark, config
-from d2dense.errors import ToolParser, run_tool
+from d2dense.errors import ToolParser, one_or_more, run_tool
 
 from .launch import launch
 from .parallel import build_parallel
@@ -185,8 +185,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = ToolParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--config-file", default="FSCascade/faster_rcnn_r50_fpn_1x", metavar="F")
-    add("--size", nargs=2, type=int, default=[480, 640], metavar=("H", "W"))
-    add("--images", type=int, default=4, help="per step")
+    add("--size", nargs=2, type=one_or_more, default=[480, 640], metavar=("H", "W"))
+    add("--images", type=one_or_more, default=4, help="per step")
     benchmark.add_flags(parser)
     args = parser.parse_args(argv)
     # freed memory goes back to the system at once, so that the resident size is what is in use

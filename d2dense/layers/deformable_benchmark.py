@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from d2dense import benchmark
-from d2dense.errors import ToolParser, run_tool
+from d2dense.errors import ToolParser, one_or_more, run_tool
 
 from .deformable_sampling import deformable_sampling, sample_by_grid
 
@@ -124,14 +124,16 @@ def measure(device: str, dtype: torch.dtype, args: argparse.Namespace) -> list[d
 
 def main(argv=None) -> None:
     parser = ToolParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--batch", type=int, default=2)
-    parser.add_argument("--sizes", type=int, nargs="+", default=[64, 32, 16, 8], help="of levels")
-    parser.add_argument("--queries", type=int, default=5440)
-    parser.add_argument("--heads", type=int, default=8)
-    parser.add_argument("--channels", type=int, default=32, help="of a head")
-    parser.add_argument("--points", type=int, default=4)
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--threads", type=int, default=2, help="of the CPU")
+    parser.add_argument("--batch", type=one_or_more, default=2)
+    parser.add_argument(
+        "--sizes", type=one_or_more, nargs="+", default=[64, 32, 16, 8], help="of levels"
+    )
+    parser.add_argument("--queries", type=one_or_more, default=5440)
+    parser.add_argument("--heads", type=one_or_more, default=8)
+    parser.add_argument("--channels", type=one_or_more, default=32, help="of a head")
+    parser.add_argument("--points", type=one_or_more, default=4)
+    parser.add_argument("--rounds", type=one_or_more, default=9)
+    parser.add_argument("--threads", type=one_or_more, default=2, help="of the CPU")
     benchmark.add_flags(parser)
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)

@@ -123,7 +123,7 @@ def test_unreadable_inputs_do_not_stop_the_others(demo, model, photo_folder, tmp
         (["--classes", "dics"], "did you mean 'disc'"),
         (["--confidence-threshold", "50"], "score threshold 50.0 is not within 0 to 1"),
         (["--score-threshold", "5"], "error: score threshold 5.0 is not within 0 to 1"),
-        (["--top-k", "0"], "--top-k 0"),
+        (["--top-k", "0"], "--top-k: '0'"),
         (["--weights", "nowhere.pth"], "nowhere.pth"),
         (["--input", "nothing*.jpg"], "no file matches"),
         (["MODEL.WEIGHT", "x"], "MODEL.WEIGHTS"),

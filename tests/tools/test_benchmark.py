@@ -473,9 +473,9 @@ def test_mistakes_are_named(tmp_path):
     for flags, words in (
         (["--resume", "--quick", "--output", str(tmp_path)], "does not exist"),
         (["--formats", "onxn"], "did you mean|onnx"),
-        (["--rounds", "0"], "--rounds is 0"),
+        (["--rounds", "0"], "--rounds: '0' is not a whole number of 1 or more"),
         (["--models", "nothing*"], "fits none"),
-        (["--size", "64", "-1"], "--size is -1"),
+        (["--size", "64", "-1"], "--size: '-1' is not"),
     ):
         with pytest.raises(UserError, match=words):
             tool.main([*flags, "--device", "cpu"])

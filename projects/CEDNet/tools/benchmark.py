@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from cednet import official
 from d2dense import benchmark
-from d2dense.errors import ToolParser, run_tool
+from d2dense.errors import ToolParser, one_or_more, run_tool
 
 BASELINE = "timm convnext_tiny"
 _OWN = "CEDNet-NeXt-T"
@@ -133,9 +133,11 @@ def measure(networks: dict, mode: str, args: argparse.Namespace, rounds: int) ->
 
 def main(argv=None) -> None:
     parser = ToolParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--size", nargs=2, type=int, default=[512, 512], metavar=("H", "W"))
-    parser.add_argument("--batch", type=int, default=1, help="images per call")
-    parser.add_argument("--rounds", type=int, default=9, help="a third of it for the second table")
+    parser.add_argument("--size", nargs=2, type=one_or_more, default=[512, 512], metavar=("H", "W"))
+    parser.add_argument("--batch", type=one_or_more, default=1, help="images per call")
+    parser.add_argument(
+        "--rounds", type=one_or_more, default=9, help="a third of it for the second table"
+    )
     parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile")
     benchmark.add_flags(parser)
     args = parser.parse_args(argv)

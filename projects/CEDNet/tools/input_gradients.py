@@ -18,7 +18,7 @@ from pathlib import Path
 from d2dense.analyses import command
 from d2dense.analyses.reports import gradient_report
 from d2dense.analyses.subjects import DETECTORS, SEGMENTERS, annotated_records, records_of
-from d2dense.errors import UserError, run_tool
+from d2dense.errors import UserError, one_or_more, run_tool
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -27,10 +27,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--ranking", type=Path, metavar="CSV", help="scores.csv of quality_scores.py: its images")
     add("--pictures", type=int, default=4, help="of how many images maps are drawn")
     add("--arrays", action="store_true", help="write every map as .npz too")
-    add("--steps", type=int, default=1000, help="of the relative threshold")
+    add("--steps", type=one_or_more, default=1000, help="of the relative threshold")
     add("--seed", type=int, default=0, help="of the sampling in two-stage detectors")
     args = parser.parse_intermixed_args(argv)
-    command.at_least_one(args, "num", "steps")
     return args
 
 

@@ -22,7 +22,7 @@ from d2dense.analyses.gradients import input_gradient
 from d2dense.analyses.reports import quality_panels, quality_report
 from d2dense.analyses.subjects import Subject, annotated_records, records_of
 from d2dense.data import loaders
-from d2dense.errors import UserError, run_tool
+from d2dense.errors import UserError, one_or_more, run_tool
 from d2dense.evaluation.base import image_key
 
 
@@ -31,10 +31,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--predictions", nargs=2, metavar=("A", "B"), help="instead of models")
     add("--any-class", action="store_true", help="detections of other classes count as well")
-    add("--keep", type=int, default=1000, help="how many of the best are marked in scores.csv")
+    add(
+        "--keep",
+        type=one_or_more,
+        default=1000,
+        help="how many of the best are marked in scores.csv",
+    )
     add("--panels", type=int, default=4, help="of how many of the best pictures are drawn")
     args = parser.parse_intermixed_args(argv)
-    command.at_least_one(args, "num", "keep")
     if args.predictions and (args.config_file or args.weights):
         raise UserError("--predictions take the place of --config-file and --weights")
     if not args.predictions and len(args.config_file) != 2:

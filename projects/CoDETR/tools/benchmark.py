@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from d2dense import benchmark, config, matmul_floor
-from d2dense.errors import ToolParser, run_tool
+from d2dense.errors import ToolParser, one_or_more, run_tool
 from d2dense.layers import Linear, deformable_attention, fold_frozen_norms
 from d2dense.layers.deformable_benchmark import plain_formula
 from d2dense.modeling.detr import selection
@@ -276,10 +276,10 @@ def measure_shares(name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
 
 def main(argv=None) -> None:
     parser = ToolParser(description=" ".join(__doc__.split()))
-    parser.add_argument("--size", nargs=2, type=int, default=[512, 512], metavar=("H", "W"))
-    parser.add_argument("--batch", type=int, default=1, help="images per call")
+    parser.add_argument("--size", nargs=2, type=one_or_more, default=[512, 512], metavar=("H", "W"))
+    parser.add_argument("--batch", type=one_or_more, default=1, help="images per call")
     parser.add_argument(
-        "--rounds", type=int, default=5, help="of inference; a third of it for the rest"
+        "--rounds", type=one_or_more, default=5, help="of inference; a third of it for the rest"
     )
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     benchmark.add_flags(parser)

@@ -27,7 +27,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--source", choices=SOURCES, default="encoder", help="what is scored")
     add("--pictures", type=int, default=4, help="of how many images maps are drawn")
     args = parser.parse_intermixed_args(argv)
-    command.at_least_one(args, "num")
     return args
 
 

@@ -15,15 +15,14 @@ from d2dense import projects
 from d2dense.analyses import command
 from d2dense.analyses.head_distance import HeadDistances, distance_report
 from d2dense.analyses.subjects import annotated_records
-from d2dense.errors import run_tool
+from d2dense.errors import one_or_more, run_tool
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = command.make_parser(__doc__)
     add = parser.add_argument
-    add("--top", type=int, default=100, help="best candidates of each head that count")
+    add("--top", type=one_or_more, default=100, help="best candidates of each head that count")
     args = parser.parse_intermixed_args(argv)
-    command.at_least_one(args, "num", "top")
     command.exactly_one(args)
     return args
 

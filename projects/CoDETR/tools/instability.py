@@ -32,7 +32,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--device", help="cpu or cuda; replaces the config's device")
     args = parser.parse_intermixed_args(argv)
-    command.at_least_one(args, "num")
     for files in args.weights:
         if len(files) < 2:
             raise UserError(f"--weights has only {files[0]}; give two or more checkpoints of a run")

@@ -24,7 +24,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--seed", type=int, default=0, help="of what heads with region proposals draw")
     args = parser.parse_intermixed_args(argv)
-    command.at_least_one(args, "num")
     command.exactly_one(args)
     return args
 

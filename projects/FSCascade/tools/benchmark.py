@@ -17,7 +17,7 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 
 from d2dense import benchmark, config
-from d2dense.errors import ToolParser, run_tool
+from d2dense.errors import ToolParser, one_or_more, run_tool
 
 CONFIG = Path(__file__).parents[1] / "configs" / "fscascade_r50_fpn_1x.yaml"
 BASELINE = "detectron2 CascadeROIHeads"
@@ -98,8 +98,8 @@ def measure(mode: str, args: argparse.Namespace) -> list[dict]:
 
 def main(argv=None) -> None:
     parser = ToolParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--size", nargs=2, type=int, default=[320, 480], metavar=("H", "W"))
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--size", nargs=2, type=one_or_more, default=[320, 480], metavar=("H", "W"))
+    parser.add_argument("--rounds", type=one_or_more, default=7)
     benchmark.add_flags(parser)
     args = parser.parse_args(argv)
     height, width = args.size

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from d2dense import benchmark, config
-from d2dense.errors import ToolParser, run_tool
+from d2dense.errors import ToolParser, one_or_more, run_tool
 from d2dense.layers import fold_for_inference, replace_sync_norms
 
 BASELINE = "SemanticFPN"
@@ -130,9 +130,9 @@ def measure_large(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 def main(argv=None) -> None:
     parser = ToolParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--size", nargs=2, type=int, default=[513, 513], metavar=("H", "W"))
-    parser.add_argument("--batch", type=int, default=1, help="crops per call")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--size", nargs=2, type=one_or_more, default=[513, 513], metavar=("H", "W"))
+    parser.add_argument("--batch", type=one_or_more, default=1, help="crops per call")
+    parser.add_argument("--rounds", type=one_or_more, default=5)
     parser.add_argument(
         "--large",
         nargs=2,

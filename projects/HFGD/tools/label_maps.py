@@ -24,7 +24,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = command.make_parser(__doc__)
     parser.set_defaults(num=4)
     args = parser.parse_intermixed_args(argv)
-    command.at_least_one(args, "num")
     return args
 
 

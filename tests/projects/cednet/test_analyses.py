@@ -225,7 +225,7 @@ def test_mistakes_are_one_line(tools, data, weights, tmp_path, capsys):
         ("input_gradients", [*one, *data], "trained weights are needed, give --weights"),
         ("input_gradients", [*known, "--weights", "b", *data], "--weights is given 2 times for 1"),
         ("input_gradients", [*known, *data[:2]], "--json and --images belong together"),
-        ("input_gradients", [*known, *data, "--num", "0"], "--num is 0, expected 1 or more"),
+        ("input_gradients", [*known, *data, "--num", "0"], "--num: '0' is not"),
         ("input_gradients", [*known, *data, "--ranking", "none.csv"], "cannot be read"),
         ("input_gradients", [*known, "--dataset", "nowhere"], "nowhere"),
         ("quality_scores", [*known, *data], "--config-file is given 1 times, expected 2"),
