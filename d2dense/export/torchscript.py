@@ -59,11 +59,25 @@ def to_torchscript(
 def _trace(adapter: Adapter, image: Tensor) -> torch.jit.ScriptModule:
     # a script inside a trace decides by the number of boxes in each run, as eager code does
     nms = torch.jit.script(torchvision.ops.boxes.batched_nms)
+    _compile_windows(adapter)
     with patch_builtin_len(), mock.patch.object(torchvision.ops.boxes, "batched_nms", nms):
         module = torch.jit.trace(adapter, (image,), check_trace=False)
     replaced = unbind_devices(module)
     logger.debug("replaced %d constant devices", replaced)
     return module
+
+
+def _compile_windows(model: nn.Module) -> None:
+    """Compile the blocks of timm's Swin models, in place: a trace would keep the numbers of windows
+    of the image that it saw.
+    """
+    from timm.models.swin_transformer import SwinTransformerBlock
+    from timm.models.swin_transformer_v2 import SwinTransformerV2Block
+
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if type(child) in (SwinTransformerBlock, SwinTransformerV2Block):
+                setattr(module, name, torch.jit.script(child))
 
 
 def _script(adapter: Adapter, image: Tensor) -> torch.jit.ScriptModule:

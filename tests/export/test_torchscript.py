@@ -9,9 +9,12 @@ import torchvision
 from detectron2.structures import Instances
 from torch import nn
 
+from d2dense import config
 from d2dense.errors import UserError
 from d2dense.export import adapt, device_constants, to_torchscript
 from d2dense.export.adapters import BOXES, Adapter
+from d2dense.export.reduction import reduced
+from d2dense.export.untrained import spread_outputs
 from tests.export.exportable import TEST_SCORES, picture, tiny_model
 
 KINDS = {
@@ -154,6 +157,16 @@ class _Unscriptable(nn.Module):
 
     def forward(self, x):
         return self.part(*[x for _ in range(len(self.__dict__))])
+
+
+def test_a_traced_swin_takes_other_sizes():
+    """timm counts its windows in Python numbers."""
+    cfg = reduced(config.load("CEDNet/retinanet_swin_t_fpn"))
+    model = config.build_model(cfg, device="cpu").eval()
+    spread_outputs(model, picture(96, 128))
+    module = reloaded(to_torchscript(model, picture(96, 128), method="trace"))
+    assert assert_same(module, model, picture(130, 75)) > 0
+    assert not any(isinstance(each, torch.jit.ScriptModule) for each in model.modules())
 
 
 def test_what_no_rule_knows_is_told_by_the_compiler():
