@@ -64,6 +64,25 @@ def processes_start_in_a_moment():
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def checks_of_files_start_in_a_moment():
+    """Each exported file is checked by a fork of a fresh process, as ``tools/export_matrix.py``
+    does it; the value is the function that starts an interpreter per file, for tests of that.
+    """
+    from d2dense.export import verification
+
+    original = verification._run_fresh
+    with verification.FreshServer() as server, pytest.MonkeyPatch.context() as patch:
+
+        def run(path, images, start=None):
+            if start is None:
+                start = verification._start if path.suffix == ".onnx" else server._ask
+            return original(path, images, start=start)
+
+        patch.setattr(verification, "_run_fresh", run)
+        yield original
+
+
 @pytest.fixture(scope="session")
 def repo_root() -> Path:
     return ROOT

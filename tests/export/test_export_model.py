@@ -14,7 +14,7 @@ from d2dense.data import shapes
 from d2dense.engine.experiment import experiment
 from d2dense.engine.trainer import evaluate_model
 from d2dense.errors import run_tool
-from d2dense.export import CheckError, evaluate_exported, load
+from d2dense.export import CheckError, evaluate_exported, load, verification
 from d2dense.export import pipeline as pipeline_module
 from tests.export.exportable import picture
 
@@ -73,7 +73,10 @@ def exported(main, data, weights, tmp_path_factory):
     return folder
 
 
-def test_tool_prints_the_check(main, data, weights, tmp_path, capsys):
+def test_tool_prints_the_check(
+    main, data, weights, tmp_path, capsys, monkeypatch, checks_of_files_start_in_a_moment
+):
+    monkeypatch.setattr(verification, "_run_fresh", checks_of_files_start_in_a_moment)
     cv2.imwrite(str(tmp_path / "in.png"), picture(120, 90).permute(1, 2, 0).numpy())
     flags = ["--weights", weights, "--output", str(tmp_path / "out")]
     flags += ["--format", "torchscript", "--sample-image", str(tmp_path / "in.png"), "--evaluate"]
