@@ -23,7 +23,7 @@ from d2dense.modeling.detr import DeformableDETR
 
 from .devices import ANCHOR
 
-__all__ = ["Adapter", "Output", "adapt", "frozen_adapter", "register_adapter"]
+__all__ = ["Adapter", "Output", "adapt", "frozen_adapter", "largest_side", "register_adapter"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,6 +202,12 @@ _ADAPTERS: dict[type, Callable[[Any], Adapter]] = {
     ImageClassifier: _ClassAdapter,
     SemanticSegmentor: _SemanticAdapter,
 }
+
+
+def largest_side(model: nn.Module) -> int | None:
+    """Return what side the model fills all images up to; None where there is no limit."""
+    constraints = getattr(getattr(model, "backbone", None), "padding_constraints", {})
+    return getattr(model, "square", 0) or constraints.get("square_size", 0) or None
 
 
 def register_adapter(model_class: type, adapter: Callable[[Any], Adapter]) -> None:

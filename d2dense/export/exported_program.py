@@ -7,19 +7,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.export import Dim, ExportedProgram
 from torch.export.passes import move_to_device_pass
 from torch.export.pt2_archive._package import load_pt2
 from torch.fx import GraphModule
 
-from .adapters import Adapter
+from .adapters import Adapter, largest_side
 from .archive import refuse_code
 from .symbolic import symbolic_sizes
 
 __all__ = [
     "LEAST_SIDE",
-    "largest_side",
     "open_exported_program",
     "record",
     "save_exported_program",
@@ -41,7 +40,7 @@ _ORIGINS = ("stack_trace", "nn_module_stack", "source_fn_stack", "torch_fn", "fr
 
 def record(adapter: Adapter, image: Tensor) -> ExportedProgram:
     """Return the adapter as a program that takes float32 images ``(C, H, W)`` in [0, 255] with
-    sides from :data:`LEAST_SIDE` to :func:`largest_side`.
+    sides from :data:`LEAST_SIDE` to what :func:`~d2dense.export.adapters.largest_side` says.
 
     Args:
         adapter: in evaluation mode, with parameters that need no gradient.
@@ -97,12 +96,6 @@ def open_exported_program(
     if torch.device(device).type != "cpu":
         program = move_to_device_pass(program, str(device))
     return program.module()
-
-
-def largest_side(model: nn.Module) -> int | None:
-    """Return what side the model fills all images up to; None where there is no limit."""
-    constraints = getattr(getattr(model, "backbone", None), "padding_constraints", {})
-    return getattr(model, "square", 0) or constraints.get("square_size", 0) or None
 
 
 def _allow_sides_of_one(program: ExportedProgram) -> None:

@@ -21,7 +21,7 @@ from d2dense import config
 from d2dense.benchmark import write_report
 from d2dense.errors import UserError
 
-from .adapters import adapt
+from .adapters import adapt, largest_side
 from .formats import FORMATS
 from .reduction import reduced, structure
 from .support import WAYS, refusal
@@ -201,7 +201,8 @@ def _export(
     with tempfile.TemporaryDirectory(prefix="d2dense_matrix_") as folder, quiet():
         path = Path(folder, FORMATS[format].file_name)
         FORMATS[format].save(adapter.model, image, path, method=method)
-        checks = verify(path, adapter, check_images(image), server=server)
+        images = check_images(image, largest=largest_side(adapter.model))
+        checks = verify(path, adapter, images, server=server)
         return {
             "error": max(check.error for check in checks),
             "found": max(check.found for check in checks),

@@ -25,9 +25,8 @@ from torch import Tensor, nn
 from d2dense import __version__
 from d2dense.errors import UserError
 
-from .adapters import Adapter, adapt
+from .adapters import Adapter, adapt, largest_side
 from .artefact import metadata_path
-from .exported_program import largest_side
 from .formats import FORMATS, Format, check_format
 from .support import check_supported
 from .torchscript import quiet
@@ -136,7 +135,8 @@ def export_model(
     try:
         with quiet():
             FORMATS[format].save(adapter.model, image, unchecked, method=method)
-            checks = verify(unchecked, adapter, check_images(image), tolerance=tolerance)
+            images = check_images(image, largest=largest_side(model))
+            checks = verify(unchecked, adapter, images, tolerance=tolerance)
         os.replace(unchecked, path)
     finally:
         unchecked.unlink(missing_ok=True)

@@ -19,7 +19,7 @@ __all__ = ["reduced", "structure"]
 _WIDTHS = {"res2": 32, "res3": 64, "res4": 128, "res5": 256}
 _CEDNET_WIDTHS = [32, 64, 96, 128]
 _QUERIES = 30
-_SQUARE = 192  # holds the images of the check
+_SQUARE = 128
 
 # What only training reads, and numbers of classes; models that differ in these alone are exported
 # alike.

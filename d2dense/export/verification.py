@@ -48,9 +48,9 @@ class ImageCheck:
         return f"{self.width} x {self.height}: {self.found} {noun}, max error {self.error:.1e}"
 
 
-def check_images(image: Tensor) -> list[Tensor]:
+def check_images(image: Tensor, *, largest: int | None = None) -> list[Tensor]:
     """Return images ``(C, h, w)`` uint8 to compare on: ``image`` at two other sizes, and an empty
-    one.
+    one; no side is over ``largest``.
 
     The empty one has a third size and usually no detections, which must work too.
     """
@@ -58,6 +58,7 @@ def check_images(image: Tensor) -> list[Tensor]:
     images = []
     for scale_h, scale_w in _SCALES:
         size = [max(32, round(height * scale_h)), max(32, round(width * scale_w))]
+        size = [min(side, largest or side) for side in size]
         scaled = F.interpolate(image[None].float(), size, mode="bilinear", align_corners=False)
         images.append(scaled[0].round().clamp(0, 255).to(torch.uint8))
     images.append(torch.full_like(images[0][:, :-3, :-5], 128))

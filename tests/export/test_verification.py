@@ -46,6 +46,12 @@ def test_other_sizes_and_one_empty_image():
     assert images[2].unique().numel() == 1
 
 
+def test_no_side_is_larger_than_the_model_takes():
+    sides = [max(each.shape[1:]) for each in check_images(torch.zeros(3, 90, 120), largest=125)]
+    assert sides[0] == 125
+    assert max(sides) == 125
+
+
 def test_real_model_passes(tmp_path):
     model = tiny_model(mask=True)
     path = tmp_path / "model.ts"
