@@ -69,7 +69,13 @@ class Report:
     samples: int = 0
 
     def add(self, level: str, title: str, example: str = "") -> None:
-        """Note one occurrence of the problem ``title``."""
+        """Note one occurrence of a problem.
+
+        Args:
+            level: one of :data:`LEVELS`.
+            title: of the problem; equal ones are counted together.
+            example: where it is; the first few are shown.
+        """
         finding = self.findings.setdefault(title, Finding(level, title))
         finding.count += 1
         if example and len(finding.examples) < _EXAMPLES:

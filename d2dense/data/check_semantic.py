@@ -68,7 +68,14 @@ def check_pairs(
     decode: bool,
     workers: int,
 ) -> None:
-    """Check (picture, label map) files: readable, of one size, and with labels that exist."""
+    """Check (picture, label map) files: readable, of one size, and with labels that exist.
+
+    Args:
+        report: gets what is found, and the table of classes.
+        classes: names, by contiguous number.
+        ignore_label, reduces_zero, label_table: see :func:`d2dense.data.reading.to_classes`.
+        decode, workers: see :func:`d2dense.data.check.check_images`.
+    """
     read = functools.partial(
         to_classes,
         ignore_label=ignore_label,

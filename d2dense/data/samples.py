@@ -105,6 +105,9 @@ class StreamDataset(_Mapped):
     samples that cannot be used.
 
     Args:
+        records: in Detectron2's dataset format.
+        mapper: from a record to what a model is fed.
+        seed: of all random numbers.
         is_wide: (N,) bool, the group that each record's replacement comes from; None for one group.
         copy_paste: pastes objects of a second record, drawn from all others, where there is one.
     """

@@ -27,6 +27,7 @@ class BoundaryCounts:
     Args:
         truth: (H, W) classes 0 to K - 1, everything else is no class.
         predicted: (H, W) classes 0 to K - 1, or K where no class was predicted.
+        num_classes: K.
         ratio: how near, in diagonals of the image.
     """
 

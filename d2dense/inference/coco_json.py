@@ -36,6 +36,9 @@ class CocoResults:
     def add(self, file_name: str, height: int, width: int, output: dict[str, Any]) -> None:
         """Add a picture with the model's output for it (without ``instances``: no annotation). The
         best classes of a whole picture are kept beside its name, as ``classes``.
+
+        Args:
+            height, width: of the picture in pixels, which boxes and masks of ``output`` refer to.
         """
         image_id = len(self.images) + 1
         self.images.append(

@@ -51,6 +51,7 @@ class BatchRetinaNet(RetinaNet):
             over the steps, as in Detectron2
         test_score_thresh, test_topk_candidates, test_nms_thresh, max_detections_per_image: of
             inference; candidates are per level
+        vis_period: draw predictions in training every so many steps; 0: never
         pixel_mean, pixel_std: per channel, in the order of ``input_format``
     """
 

@@ -23,6 +23,7 @@ class DilatedDepthwiseConv2d(nn.Conv2d):
         channels: C.
         kernel_size: odd.
         dilation: D.
+        bias: add a learned number per channel.
     """
 
     def __init__(self, channels: int, kernel_size: int, *, dilation: int, bias: bool = True):

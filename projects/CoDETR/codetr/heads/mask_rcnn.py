@@ -37,7 +37,7 @@ class MaskRCNNHead(FasterRCNNHead):
         mask_convs: 3x3 convolutions of the mask branch
         mask_channels: their width
         mask_weight: of the loss
-        faster_rcnn: arguments of :class:`FasterRCNNHead`
+        channels, num_classes, **faster_rcnn: arguments of :class:`FasterRCNNHead`
     """
 
     @configurable
