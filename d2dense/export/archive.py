@@ -108,9 +108,9 @@ def _check_expression(text: str) -> None:
         raise _Found(f"the expression {text!r}") from None
     for node in nodes:
         if isinstance(node, ast.Name):
-            fine = _FUNCTION.fullmatch(node.id)
+            fine = _FUNCTION.fullmatch(node.id) is not None
         elif isinstance(node, ast.Constant):
-            fine = not isinstance(node.value, str) or _SYMBOL.fullmatch(node.value)
+            fine = not isinstance(node.value, str) or _SYMBOL.fullmatch(node.value) is not None
         else:
             fine = isinstance(node, _EXPRESSION)
         if not fine:

@@ -40,11 +40,12 @@ def evaluate_eager(
 
     run = experiment(cfg, device=device, training=False)
     folder = None if output_dir is None else str(output_dir)
-    return evaluate(
+    results = evaluate(
         Predictor(cfg, weights, device=device).model,
         {name: run.build_test_loader(name) for name in run.test_names},
         {name: run.build_evaluator(name, folder) for name in run.test_names},
     )
+    return results or {}  # None of an evaluation that was stopped, which nothing does here
 
 
 def metric_table(found: Results, expected: Results | None = None) -> str:

@@ -179,8 +179,15 @@ def _detr(node: DictConfig) -> None:
 
 
 # But for evaluate_branch, whose head is needed.
-_ONLY_CODETR = ("adapter", "auxiliary_heads", "positive_queries", "query_weight", "head_weight")
-_ONLY_CODETR += ("train_heads", "one_pass")
+_ONLY_CODETR = (
+    "adapter",
+    "auxiliary_heads",
+    "positive_queries",
+    "query_weight",
+    "head_weight",
+    "train_heads",
+    "one_pass",
+)
 
 
 def _codetr(node: DictConfig) -> None:
