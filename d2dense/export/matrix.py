@@ -41,9 +41,9 @@ _NOTES = [
     "this project, at two other image sizes and on an empty image, against the model; relative "
     "where values are above 1. Weights are random, the last layers scaled so that scores and boxes "
     "differ. Pictures are small, those of full-size models too.",
-    "Models that differ only in what training reads, in their number of classes or, reduced, in "
-    "their depth and the width of their backbone share a row. Reduced: one or two blocks or layers "
-    "of each kind, by d2dense.export.reduction.",
+    "Reduced: one or two blocks or layers of each kind, by d2dense.export.reduction. Models that "
+    "differ only in what training reads, in their number of classes or, reduced, in their depth "
+    "and the width of their backbone are one model then, tried once.",
 ]
 _UNTRIED = "not tried yet"
 
@@ -124,9 +124,15 @@ class Matrix:
         for key, each in self.results.items():
             each["names"] = names[key]
         reasons: dict[str, int] = {}
-        tables: dict[str, list[dict[str, Any]]] = {
-            "Reduced models": [self._row(key, row["names"], reasons) for key, row in rows.items()]
-        }
+        tables: dict[str, list[dict[str, Any]]] = {}
+        for key, row in rows.items():
+            for name in row["names"]:
+                project = name.split("/")[0]
+                line = self._row(key, name, reasons)
+                line["tried with"] = "" if name == row["names"][0] else row["names"][0]
+                tables.setdefault(f"{project}, reduced", []).append(line)
+        for lines in tables.values():
+            lines.sort(key=lambda line: line["model"])
         full = [key for key in self.results if key.startswith("full ")]
         if full:
             tables["Full size"] = [self._full_row(key, reasons) for key in sorted(full)]
@@ -138,13 +144,12 @@ class Matrix:
         )
         return text
 
-    def _row(self, key: str, names: list[str], reasons: dict[str, int]) -> dict[str, Any]:
+    def _row(self, key: str, name: str, reasons: dict[str, int]) -> dict[str, Any]:
         cells = self.results.get(key, {}).get("cells", {})
-        row: dict[str, Any] = {"models": ", ".join(names)}
-        return row | {way: _shown(cells.get(way), reasons) for way in WAYS}
+        return {"model": name} | {way: _shown(cells.get(way), reasons) for way in WAYS}
 
     def _full_row(self, key: str, reasons: dict[str, int]) -> dict[str, Any]:
-        row = self._row(key, self.results[key]["names"], reasons)
+        row = self._row(key, self.results[key]["names"][0], reasons)
         for way, cell in self.results[key]["cells"].items():
             if "error" in cell:
                 row[way] += f", {cell['bytes'] / 2**20:.0f} MiB, {cell['seconds']:.0f} s"
