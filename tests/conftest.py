@@ -83,6 +83,24 @@ def checks_of_files_start_in_a_moment():
         yield original
 
 
+@pytest.fixture(scope="session", autouse=True)
+def nothing_is_drawn_for_tensors_without_values():
+    """PyTorch decides in Python, step by step, what a draw on the meta device would look like: up
+    to half of the time that large models take to build there.
+    """
+
+    def skipping(fill):
+        def call(self, *args, **kwargs):
+            return self if self.is_meta else fill(self, *args, **kwargs)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("normal_", "uniform_", "erfinv_"):
+            patch.setattr(torch.Tensor, name, skipping(getattr(torch.Tensor, name)))
+        yield
+
+
 @pytest.fixture(scope="session")
 def repo_root() -> Path:
     return ROOT

@@ -23,9 +23,18 @@ def compiled(model: nn.Module, **settings) -> nn.Module:
     return torch.compile(model, fullgraph=True, backend="eager", **settings)
 
 
-@pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize(("mixer", "style"), NETS)
+@pytest.mark.parametrize(
+    ("mixer", "style", "training"),
+    [
+        *((*net, True) for net in NETS),
+        (*NETS[0], False),
+        *(pytest.param(*net, False, marks=pytest.mark.long) for net in NETS[1:]),
+    ],
+)
 def test_one_graph_without_breaks(mixer, style, training):
+    """In training there are the blocks of inference and stochastic depth, so that inference of the
+    other networks is for the long tests.
+    """
     net = tiny.backbone(mixer, ("p3", "p6"), style=style, drop_path=0.5, **SMALL).train(training)
     x, results = tiny.images(2, 3, 33, 64), []
     for run in (net, compiled(net, dynamic=False)):

@@ -106,8 +106,11 @@ def steps(folder):
     return [row for row in rows if "total_loss" in row]
 
 
-@pytest.mark.parametrize(("kind", "number"), [("yaml", 0), ("lazy", 1)])
+@pytest.mark.parametrize(
+    ("kind", "number"), [("yaml", 0), pytest.param("lazy", 1, marks=pytest.mark.long)]
+)
 def test_coco_and_a_branch_of_what_it_trained(kind, number, shared_data, tmp_path):
+    """Of the other kind of config there is LVIS below; ``test_configs.py`` compares both."""
     output = ("OUTPUT_DIR", "train.output_dir", tmp_path)
     overrides = [
         *spelled([*COMMON, *SMALL_COCO, output], kind),
