@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -24,6 +25,9 @@ _SERVER = Path(__file__).with_name("fresh_server.py")
 # upright where the traced one is not.
 _SCALES = ((0.73, 1.19), (1.31, 0.67))
 
+_TIE = 1e-6  # scores that are nearer than this have no order
+_FAR = 1e9
+
 
 class CheckError(Exception):
     """The exported model does not compute what the model does."""
@@ -36,7 +40,8 @@ class ImageCheck:
     Attributes:
         height, width: of the image.
         found: number of detections (for semantic segmentation: of pixels).
-        error: largest difference of any output value, relative to the value where that is above 1.
+        error: largest difference of any output value, relative to the value where that is above 1;
+            detections whose scores are nearer than 1e-6 may be in any order.
     """
 
     height: int
@@ -174,13 +179,18 @@ def _compare(
     where = f"on an image of {width} x {height}"
     if len(found) != len(adapter.outputs):
         raise CheckError(f"{len(found)} outputs instead of {len(adapter.outputs)} {where}")
-    error = 0.0
     for output, a, b in zip(adapter.outputs, expected, found):
         if a.shape != b.shape or a.dtype != b.dtype:
             raise CheckError(
                 f"{output.name} is {b.dtype} {tuple(b.shape)}, but {a.dtype} {tuple(a.shape)} in "
                 f"eager mode, {where}"
             )
+    names = [output.name for output in adapter.outputs]
+    if adapter.task == "detection" and "scores" in names:
+        order = _order(expected, found, expected[names.index("scores")])
+        found = [each[order] for each in found]
+    error = 0.0
+    for a, b in zip(expected, found):
         if a.numel():
             difference = (a.double() - b.double()).abs() / a.double().abs().clamp(min=1)
             # NaN counts as a difference unless both have it
@@ -188,3 +198,20 @@ def _compare(
             error = max(error, float(difference.nan_to_num(nan=float("inf")).max()))
     found_here = expected[0].shape[0] if adapter.task == "detection" else height * width
     return ImageCheck(height=height, width=width, found=found_here, error=error)
+
+
+def _order(expected: Sequence[Tensor], found: Sequence[Tensor], scores: Tensor) -> Tensor:
+    """Return an order of the rows of ``found`` in which they are compared: detections in a row
+    whose scores are equal but for rounding are paired with the nearest ones.
+    """
+    order = torch.arange(len(scores))
+    ends = ((scores[1:] - scores[:-1]).abs() > _TIE).nonzero()[:, 0] + 1
+    for rows in order.clone().tensor_split(ends.tolist()):
+        if len(rows) > 1:
+            a, b = (
+                torch.cat([each[rows].reshape(len(rows), -1).double() for each in outputs], dim=1)
+                for outputs in (expected, found)
+            )
+            cost = torch.cdist(a, b).nan_to_num(nan=_FAR, posinf=_FAR)
+            order[rows] = rows[linear_sum_assignment(cost.numpy())[1]]
+    return order

@@ -86,6 +86,36 @@ def test_another_number_of_results(tmp_path, toy):
         verify(path, toy, check_images(picture(64, 64)))
 
 
+class _Ranked(Adapter):
+    """Two detections of scores ``weight``, at places that differ."""
+
+    outputs = (BOXES, SCORES)
+
+    def forward(self, image):
+        scores = self.model.weight[0] + 0 * image.float().mean()
+        return torch.stack([scores.new_zeros(4), scores.new_full((4,), 9.0)]), scores
+
+
+@pytest.mark.usefixtures("in_process")
+@pytest.mark.parametrize(("gap", "fine"), [(1e-7, True), (1e-5, False)])
+def test_equal_scores_have_no_order(tmp_path, gap, fine):
+    ranked = _Ranked(torch.nn.Linear(2, 1, bias=False)).eval()
+    ranked.model.weight.data = torch.tensor([[0.5, 0.5 - gap]])
+
+    class Swapped(_Ranked):
+        def forward(self, image):
+            scores = self.model.weight[0] + 0 * image.float().mean()
+            boxes = torch.stack([scores.new_full((4,), 9.0), scores.new_zeros(4)])
+            return boxes, scores
+
+    path = saved(Swapped(ranked.model), tmp_path / "toy.ts")
+    if fine:
+        assert max(check.error for check in verify(path, ranked, [picture(40, 40)])) <= 1e-6
+    else:
+        with pytest.raises(CheckError, match=r"largest error 9\.0e\+00"):
+            verify(path, ranked, [picture(40, 40)])
+
+
 @pytest.mark.usefixtures("in_process")
 def test_nan_is_a_difference(tmp_path, toy):
     path = saved(toy, tmp_path / "toy.ts")
