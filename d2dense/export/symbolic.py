@@ -60,7 +60,6 @@ def symbolic_sizes() -> Iterator[None]:
             (FakeImplCtx, "create_unbacked_symint", FakeImplCtx.new_dynamic_size),
             (fake_impls, "_compute_slice_index", _index_within),
             (Tensor, "contiguous", _contiguous),
-            (torch.SymInt, "__mod__", _remainder),
         ):
             stack.enter_context(mock.patch.object(target, attribute, replacement))
         for name, replacement in (
@@ -74,6 +73,11 @@ def symbolic_sizes() -> Iterator[None]:
             ("d2dense.modeling.necks.pyramid._resized", _resized),
         ):
             stack.enter_context(mock.patch(name, replacement))
+        if "timm" in sys.modules:
+            from .symbolic_timm import REPLACEMENTS
+
+            for target, attribute, replacement in REPLACEMENTS:
+                stack.enter_context(mock.patch.object(target, attribute, replacement))
         # builtins that turn a symbolic size into a number
         for name, replacement in (
             ("detectron2.modeling.meta_arch.dense_detector.min", torch.sym_min),
@@ -132,11 +136,6 @@ def _contiguous(x: Tensor, memory_format: torch.memory_format = torch.contiguous
     if memory_format is torch.contiguous_format and is_contiguous_or_false(x):
         return x
     return x.clone(memory_format=memory_format)
-
-
-def _remainder(a: int, b: int) -> int:
-    """In sums, where remainders stay as they are, quotients cancel: nested sizes stay short."""
-    return a - a // b * b
 
 
 def _hint(size: int) -> int:

@@ -25,7 +25,6 @@ _SERVER = Path(__file__).with_name("fresh_server.py")
 # upright where the traced one is not.
 _SCALES = ((0.73, 1.19), (1.31, 0.67))
 
-_TIE = 1e-6  # scores that are nearer than this have no order
 _FAR = 1e9
 
 
@@ -41,7 +40,7 @@ class ImageCheck:
         height, width: of the image.
         found: number of detections (for semantic segmentation: of pixels).
         error: largest difference of any output value, relative to the value where that is above 1;
-            detections whose scores are nearer than 1e-6 may be in any order.
+            detections whose scores differ by no more than the tolerance may be in any order.
     """
 
     height: int
@@ -97,7 +96,7 @@ def verify(
     for image, found in zip(images, results):
         with torch.no_grad():
             expected = adapter(image)
-        checks.append(_compare(adapter, image, expected, found))
+        checks.append(_compare(adapter, image, expected, found, tolerance))
     worst = max(checks, key=lambda check: check.error)
     if not worst.error <= tolerance:
         raise CheckError(
@@ -173,7 +172,11 @@ def _run_fresh(
 
 
 def _compare(
-    adapter: Adapter, image: Tensor, expected: Sequence[Tensor], found: Sequence[Tensor]
+    adapter: Adapter,
+    image: Tensor,
+    expected: Sequence[Tensor],
+    found: Sequence[Tensor],
+    tolerance: float,
 ) -> ImageCheck:
     height, width = image.shape[1:]
     where = f"on an image of {width} x {height}"
@@ -187,7 +190,7 @@ def _compare(
             )
     names = [output.name for output in adapter.outputs]
     if adapter.task == "detection" and "scores" in names:
-        order = _order(expected, found, expected[names.index("scores")])
+        order = _order(expected, found, expected[names.index("scores")], tolerance)
         found = [each[order] for each in found]
     error = 0.0
     for a, b in zip(expected, found):
@@ -200,18 +203,20 @@ def _compare(
     return ImageCheck(height=height, width=width, found=found_here, error=error)
 
 
-def _order(expected: Sequence[Tensor], found: Sequence[Tensor], scores: Tensor) -> Tensor:
+def _order(
+    expected: Sequence[Tensor], found: Sequence[Tensor], scores: Tensor, tolerance: float
+) -> Tensor:
     """Return an order of the rows of ``found`` in which they are compared: detections in a row
-    whose scores are equal but for rounding are paired with the nearest ones.
+    whose scores differ by no more than ``tolerance`` are paired with the nearest ones.
     """
     order = torch.arange(len(scores))
-    ends = ((scores[1:] - scores[:-1]).abs() > _TIE).nonzero()[:, 0] + 1
+    ends = ((scores[1:] - scores[:-1]).abs() > tolerance).nonzero()[:, 0] + 1
     for rows in order.clone().tensor_split(ends.tolist()):
         if len(rows) > 1:
             a, b = (
                 torch.cat([each[rows].reshape(len(rows), -1).double() for each in outputs], dim=1)
                 for outputs in (expected, found)
             )
-            cost = torch.cdist(a, b).nan_to_num(nan=_FAR, posinf=_FAR)
+            cost = torch.cdist(a, b).square().nan_to_num(nan=_FAR, posinf=_FAR)
             order[rows] = rows[linear_sum_assignment(cost.numpy())[1]]
     return order

@@ -17,7 +17,7 @@ from detectron2.modeling.backbone.swin import PatchEmbed, PatchMerging, SwinTran
 from torch import Tensor, nn
 
 from d2dense.errors import UserError
-from d2dense.layers import join_windows, padded_to_multiple, split_windows
+from d2dense.layers import join_windows, missing, padded_to_multiple, split_windows
 
 __all__ = ["Swin"]
 
@@ -191,7 +191,7 @@ def strangers(x: Tensor, side: int, shift: int) -> Tensor:
     """
     parts = []  # of each axis: 0 whole windows, 1 the end, 2 what came around
     for length in (x.shape[1], x.shape[2]):
-        length = length + (side - length % side) % side
+        length = length + missing(length, side)
         place = torch.arange(length, device=x.device)
         parts.append((place >= length - side).long() + (place >= length - shift).long())
     regions = (3 * parts[0][:, None] + parts[1])[None, :, :, None]

@@ -97,8 +97,8 @@ class _Ranked(Adapter):
 
 
 @pytest.mark.usefixtures("in_process")
-@pytest.mark.parametrize(("gap", "fine"), [(1e-7, True), (1e-5, False)])
-def test_equal_scores_have_no_order(tmp_path, gap, fine):
+@pytest.mark.parametrize(("gap", "fine"), [(1e-5, True), (1e-3, False)])
+def test_scores_within_the_tolerance_have_no_order(tmp_path, gap, fine):
     ranked = _Ranked(torch.nn.Linear(2, 1, bias=False)).eval()
     ranked.model.weight.data = torch.tensor([[0.5, 0.5 - gap]])
 
@@ -110,7 +110,7 @@ def test_equal_scores_have_no_order(tmp_path, gap, fine):
 
     path = saved(Swapped(ranked.model), tmp_path / "toy.ts")
     if fine:
-        assert max(check.error for check in verify(path, ranked, [picture(40, 40)])) <= 1e-6
+        assert max(check.error for check in verify(path, ranked, [picture(40, 40)])) <= 1e-4
     else:
         with pytest.raises(CheckError, match=r"largest error 9\.0e\+00"):
             verify(path, ranked, [picture(40, 40)])
