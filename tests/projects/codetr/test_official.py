@@ -53,6 +53,13 @@ def filled(variant, num_queries=None):
     return official.load(variant, weights, num_queries=num_queries)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _nothing_is_kept():
+    """A gigabyte of weights, which every process that a later test forks would have too."""
+    yield
+    filled.cache_clear()
+
+
 def test_the_variants_are_those_of_the_official_files():
     assert set(official.VARIANTS) == set(rules.tables()) == set(QUERIES)
 
