@@ -126,3 +126,8 @@ class CEDNetClassifier(nn.Module):
                 scores.append(head(stages[k][2]))
             return scores
         return self.heads[-1](stages[-1][2])
+
+    def fold_for_inference(self) -> None:
+        """Keep the classifier of the last stage alone, unless all are asked for."""
+        if not self.all_stages:
+            self.heads = self.heads[-1:]
