@@ -356,7 +356,7 @@ def test_real_label_maps_pass_with_their_class_file(shared_data):
 
 @pytest.mark.parametrize("number", ["0", "-3"])
 def test_no_picture_to_draw_is_a_mistake(number):
-    with pytest.raises(UserError, match=f"--num {number}"):
+    with pytest.raises(UserError, match=f"--num: '{number}' is not a whole number of 1 or more"):
         visualize_tool.main(["--dataset", "coco_2017_val", "--num", number])
 
 
