@@ -106,8 +106,11 @@ def test_repeat_factors_are_detectron2s(threshold):
     torch.testing.assert_close(found, expected, rtol=1e-7, atol=0)
 
 
-@pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])
+@pytest.mark.parametrize(
+    "method", ["fork", "forkserver", pytest.param("spawn", marks=pytest.mark.long)]
+)
 def test_workers_read_the_same_file(method):
+    """A worker of a server is given the same pickled records as one that is spawned."""
     plain = make_records(40)
     loader = loaders.build_train_loader(
         dataset=(Records(plain[:30]) + Records(plain[30:]))[::-1],
