@@ -70,7 +70,7 @@ def run(request, parts, program, tmp_path_factory):
     if request.param == "torch_export":
         return program.module()
     path = tmp_path_factory.mktemp("parts") / "model.onnx"
-    with mock.patch("d2dense.export.onnx.record", lambda *_: program):  # for the second time
+    with mock.patch("d2dense.export.onnx.record", return_value=program):  # for the second time
         save_onnx(parts, picture(64, 64), path)
     return open_onnx(path, "cpu")
 
