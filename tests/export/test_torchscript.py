@@ -38,6 +38,12 @@ TRACE_ONLY = {
 }
 CASES = [(name, method) for name in KINDS for method in ("trace", "script")]
 CASES += [(name, "trace") for name in TRACE_ONLY]
+# the boxes of models whose twins with masks are tried too
+WITHOUT_MASKS = {"fscascade", "plain_cascade", "detectron2_cascade"}
+CASES = [
+    pytest.param(*case, marks=pytest.mark.long if case[0] in WITHOUT_MASKS else ())
+    for case in CASES
+]
 
 
 def reloaded(module, device="cpu"):
@@ -61,6 +67,7 @@ def assert_same(module, model, image):
 
 @pytest.mark.parametrize(("kind", "method"), CASES)
 def test_equals_eager_at_other_sizes(kind, method):
+    """Boxes alone are for the long tests where the twin with masks compares them as well."""
     model = tiny_model(**(KINDS | TRACE_ONLY)[kind])
     module = to_torchscript(model, picture(96, 128), method=method)
     assert device_constants(module) == []
