@@ -115,7 +115,6 @@ def test_two_machines_train_like_one(repo_root, tmp_path, configs, one_machine):
     assert "iter " not in logs[1].read_text()  # the first machine's console says it all
 
 
-@pytest.mark.long
 def test_two_agents_of_torchrun_train_like_one_machine(repo_root, tmp_path, configs, one_machine):
     runs = agents(repo_root, tmp_path, configs["lazy"], tmp_path / "two")
     assert exit_codes(runs) == [0, 0], (tmp_path / "machine0").read_text()
@@ -139,7 +138,6 @@ def test_two_processes_on_each_of_two_machines(repo_root, tmp_path, configs):
         assert (tmp_path / "two" / f"log.txt.rank{rank}").is_file()
 
 
-@pytest.mark.long
 def test_a_machine_that_dies_ends_the_other(repo_root, tmp_path, configs):
     output = tmp_path / "out"
     runs = machines(repo_root, tmp_path, configs["lazy"], output, steps=100_000)
