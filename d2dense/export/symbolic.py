@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import operator
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from unittest import mock
 
@@ -80,15 +80,13 @@ def symbolic_sizes() -> Iterator[None]:
                 stack.enter_context(mock.patch.object(target, attribute, replacement))
         # builtins that turn a symbolic size into a number
         for name, replacement in (
-            ("detectron2.modeling.meta_arch.dense_detector.min", torch.sym_min),
-            ("d2dense.modeling.detr.deformable_detr.max", _largest),
+            # sides of what is pooled; it asks whether they are divisible
             ("torch._meta_registrations.div_rtn", operator.floordiv),
             # the layout of a convolution's result; it asks for sides of 1
             ("torch._C._conv_determine_backend_memory_format", lambda *_: None),
             ("detectron2.structures.instances.len", _length),
             ("detectron2.modeling.roi_heads.mask_head.len", _length),
             ("detectron2.modeling.roi_heads.fast_rcnn.len", _length),
-            ("detectron2.modeling.roi_heads.cascade_rcnn.len", _length),
         ):
             stack.enter_context(mock.patch(name, replacement, create=True))
         yield
@@ -96,10 +94,6 @@ def symbolic_sizes() -> Iterator[None]:
 
 def _length(x) -> int:
     return x.__len__()
-
-
-def _largest(sides: Iterable[int]) -> int:
-    return functools.reduce(torch.sym_max, sides)
 
 
 def _normalize(
@@ -171,6 +165,7 @@ def _one_image(
 def _grid_offsets(
     size: Size, stride: int, offset: float, target_device_tensor: Tensor
 ) -> tuple[Tensor, Tensor]:
+    """Detectron2's ``_create_grid_offsets``, whose ``arange`` counts in floating point."""
     y, x = (
         (torch.arange(side, device=target_device_tensor.device) + offset) * stride for side in size
     )
