@@ -31,9 +31,9 @@ def metadata_path(path: str | Path) -> Path:
 def load(path: str | Path, *, device: str | torch.device = "cpu") -> ExportedDetector:
     """Open an exported model; the ``.json`` file must lie beside it.
 
-    A ``.pt2`` file is rewritten for another device than the CPU; like a ``.py`` config it may hold
-    code, so open only what you trust. An ``.onnx`` file needs an onnxruntime that knows the device,
-    and its results are on the CPU always.
+    A ``.pt2`` file is rewritten for another device than the CPU, and opened only if it has nothing
+    in it that runs by being opened (pickles, libraries, Python's names): :mod:`.archive`. An
+    ``.onnx`` file needs an onnxruntime that knows the device, and its results are on the CPU always.
 
     Raises:
         UserError: either file is missing or damaged, or a package for its format is missing.
