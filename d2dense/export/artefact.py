@@ -33,7 +33,7 @@ def load(path: str | Path, *, device: str | torch.device = "cpu") -> ExportedDet
 
     A ``.pt2`` file is rewritten for another device than the CPU, and opened only if it has nothing
     in it that runs by being opened (pickles, libraries, Python's names): :mod:`.archive`. An
-    ``.onnx`` file needs an onnxruntime that knows the device, and its results are on the CPU always.
+    ``.onnx`` file needs an onnxruntime that knows the device; its results are on the CPU always.
 
     Raises:
         UserError: either file is missing or damaged, or a package for its format is missing.

@@ -12,11 +12,12 @@ from __future__ import annotations
 import functools
 import operator
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from unittest import mock
 
 import torch
+import torch._meta_registrations
 import torch.fx.experimental._config
 import torch.nn.functional as F
 import torchvision.ops.boxes
@@ -56,40 +57,46 @@ def symbolic_sizes() -> Iterator[None]:
             (ROIPooler, "forward", _pool),
             (torchvision.ops.boxes, "batched_nms", _nms_by_offset),
             (sys.modules[one_round.__module__], "_decay", _decay_in_loop),
+            *_replacements_in_timm(),
+            # PyTorch's, most of them private:
             # of how many boxes torchvision says that non-maximum suppression keeps at least two
             (FakeImplCtx, "create_unbacked_symint", FakeImplCtx.new_dynamic_size),
+            # crops get a size that nobody knows
             (fake_impls, "_compute_slice_index", _index_within),
+            # is it contiguous already
             (Tensor, "contiguous", _contiguous),
+            # the layout of a convolution's result depends on whether sides are 1
+            (torch._C, "_conv_determine_backend_memory_format", lambda *_: None),
+            # sides of what is pooled: are they divisible
+            (torch._meta_registrations, "div_rtn", operator.floordiv),
+            # are there any regions
+            (F, "batch_norm", _normalize),
+            # ONNX has these for four axes, and for one size, only
+            (F, "scaled_dot_product_attention", _attend_with_heads),
+            (F, "adaptive_avg_pool2d", _average),
         ):
             stack.enter_context(mock.patch.object(target, attribute, replacement))
         for name, replacement in (
-            ("torch.nn.functional.scaled_dot_product_attention", _attend_with_heads),
-            ("torch.nn.functional.batch_norm", _normalize),
-            ("torch.nn.functional.adaptive_avg_pool2d", _average),
             ("detectron2.modeling.anchor_generator._create_grid_offsets", _grid_offsets),
             (f"{_RPN}.rpn.find_top_rpn_proposals", _find_proposals),
             (f"{_BOXES}.fast_rcnn_inference_single_image", _detections),
             ("d2dense.modeling.batched_cascade.pool_lists", _pool_lists),
             ("d2dense.modeling.necks.pyramid._resized", _resized),
-        ):
-            stack.enter_context(mock.patch(name, replacement))
-        if "timm" in sys.modules:
-            from .symbolic_timm import REPLACEMENTS
-
-            for target, attribute, replacement in REPLACEMENTS:
-                stack.enter_context(mock.patch.object(target, attribute, replacement))
-        # builtins that turn a symbolic size into a number
-        for name, replacement in (
-            # sides of what is pooled; it asks whether they are divisible
-            ("torch._meta_registrations.div_rtn", operator.floordiv),
-            # the layout of a convolution's result; it asks for sides of 1
-            ("torch._C._conv_determine_backend_memory_format", lambda *_: None),
+            # the builtin turns a symbolic size into a number
             ("detectron2.structures.instances.len", _length),
             ("detectron2.modeling.roi_heads.mask_head.len", _length),
             ("detectron2.modeling.roi_heads.fast_rcnn.len", _length),
         ):
-            stack.enter_context(mock.patch(name, replacement, create=True))
+            stack.enter_context(mock.patch(name, replacement, create=name.endswith(".len")))
         yield
+
+
+def _replacements_in_timm() -> tuple[tuple[type, str, Callable], ...]:
+    if "timm" not in sys.modules:  # no part of the model is of it
+        return ()
+    from .symbolic_timm import REPLACEMENTS
+
+    return REPLACEMENTS
 
 
 def _length(x) -> int:
