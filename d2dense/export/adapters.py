@@ -20,6 +20,7 @@ from d2dense.errors import UserError
 from d2dense.layers import fold_for_inference
 from d2dense.modeling.classification import ImageClassifier
 from d2dense.modeling.detr import DeformableDETR
+from d2dense.modeling.mask2former import Mask2Former
 
 from .devices import ANCHOR
 
@@ -52,6 +53,19 @@ MASKS = Output(
     shape=("N", "M", "M"),
     dtype="float32",
     meaning="probability that a point belongs to the object, on a grid over its box",
+)
+CLASS_CONFIDENCE = Output(
+    name="scores",
+    shape=("N",),
+    dtype="float32",
+    meaning="confidence in the class, best first; times the mean probability inside the mask, it "
+    "is that in the detection",
+)
+MASK_LOGITS = Output(
+    name="mask_logits",
+    shape=("N", "H", "W"),
+    dtype="float32",
+    meaning="above 0, a pixel of the given image belongs to the object",
 )
 SEM_SEG = Output(
     name="sem_seg",
@@ -151,6 +165,20 @@ class _QueryAdapter(Adapter):
         return found.pred_boxes.tensor, found.scores, found.pred_classes
 
 
+class _MaskQueryAdapter(Adapter):
+    """Mask2Former, without its last step: what a mask contains depends on the size it is wanted
+    at, see :func:`~d2dense.modeling.mask2former.masked_instances`.
+    """
+
+    outputs = (CLASS_CONFIDENCE, CLASSES, MASK_LOGITS)
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        images = self.model.preprocess([{"image": image.to(torch.float32)}])
+        logits, masks = self.model.predict(images.tensor)
+        size = images.tensor.shape[2:]
+        return self.model.select(logits[-1, 0], masks[-1, 0], size, image.shape[1:])
+
+
 class _SemanticAdapter(Adapter):
     """Semantic segmentation by one pass over the whole image."""
 
@@ -200,6 +228,7 @@ _ADAPTERS: dict[type, Callable[[Any], Adapter]] = {
     DenseDetector: _DenseAdapter,
     DeformableDETR: _QueryAdapter,
     ImageClassifier: _ClassAdapter,
+    Mask2Former: _MaskQueryAdapter,
     SemanticSegmentor: _SemanticAdapter,
 }
 

@@ -16,6 +16,7 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from d2dense.errors import UserError
+from d2dense.modeling.mask2former import masked_instances
 
 from .formats import FORMATS
 from .protocol import with_protocol
@@ -112,6 +113,11 @@ class ExportedDetector(nn.Module):
             return {"sem_seg": sem_seg_postprocess(outputs["sem_seg"], size, height, width)}
         if self.metadata["task"] == "classification":
             return {"class_scores": outputs["scores"]}
+        if "mask_logits" in outputs:
+            found = masked_instances(
+                outputs["scores"], outputs["classes"], outputs["mask_logits"], (height, width)
+            )
+            return {"instances": found}
         found = Instances(
             size,
             pred_boxes=Boxes(outputs["boxes"]),

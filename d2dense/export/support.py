@@ -10,6 +10,7 @@ from torch import nn
 
 from d2dense.errors import UserError
 from d2dense.modeling.detr import DeformableDETR
+from d2dense.modeling.mask2former import Mask2Former
 from d2dense.modeling.necks import HRFPN, NASFPN, BiFPN
 
 from .adapters import adapt
@@ -72,7 +73,7 @@ def check_supported(model: nn.Module, format: str, method: str = "trace") -> Non
 
 @refuses("script")
 def _queries(model: nn.Module) -> str | None:
-    if not isinstance(model, DeformableDETR):
+    if not isinstance(model, (DeformableDETR, Mask2Former)):
         return None
     return (
         f"a detection transformer ({type(model).__name__}) cannot be scripted: its memory and "

@@ -6,9 +6,12 @@ import pytest
 import torch
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 
+from d2dense import config
 from d2dense.errors import UserError
 from d2dense.export import CheckError, ExportedDetector, export_model, formats, load, verification
 from d2dense.export import pipeline as pipeline_module
+from d2dense.export.reduction import reduced
+from d2dense.export.untrained import spread_outputs
 from tests.export.exportable import NUM_CLASSES, picture, run_here, tiny_model
 
 CLASSES = [f"class {k}" for k in range(NUM_CLASSES)]
@@ -48,6 +51,21 @@ def test_detections_in_original_pixels(tmp_path, method):
         assert torch.allclose(instances.scores, expected.scores, atol=1e-5)
         assert torch.equal(instances.pred_classes, expected.pred_classes)
         assert torch.equal(instances.pred_masks, expected.pred_masks)
+
+
+def test_masks_of_queries_in_original_pixels(tmp_path):
+    model = config.build_model(
+        reduced(config.load("CEDNet/mask2former_cednet_tiny_shapes")), device="cpu"
+    )
+    model = spread_outputs(model.eval(), picture(96, 128))
+    result = exported(model, tmp_path, method="trace")
+    item = {"image": picture(75, 130, seed=4), "height": 111, "width": 190}
+    found, expected = (each([item])[0]["instances"] for each in (load(result.path), model))
+    assert found.image_size == expected.image_size == (111, 190)
+    assert expected.pred_masks.any(dim=(1, 2)).sum() > 10
+    assert torch.equal(found.pred_classes, expected.pred_classes)
+    assert torch.allclose(found.scores, expected.scores, atol=1e-5)
+    assert (found.pred_masks != expected.pred_masks).sum() <= 5  # pixels on an edge, by rounding
 
 
 def test_torchvision_pastes_masks_like_detectron2():

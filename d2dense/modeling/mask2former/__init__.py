@@ -1,7 +1,7 @@
 """Mask2Former, for lazy configs (:func:`d2dense.config.detr.mask2former`)."""
 
 from .criterion import Mask2FormerCriterion, MaskTargets
-from .mask2former import Mask2Former
+from .mask2former import Mask2Former, masked_instances
 from .mask_decoder import MaskDecoder, MaskDecoderLayer
 from .pixel_decoder import PixelDecoder
 
@@ -12,4 +12,5 @@ __all__ = [
     "MaskDecoderLayer",
     "MaskTargets",
     "PixelDecoder",
+    "masked_instances",
 ]

@@ -18,7 +18,7 @@ from .criterion import Mask2FormerCriterion, MaskTargets
 from .mask_decoder import MaskDecoder
 from .pixel_decoder import PixelDecoder
 
-__all__ = ["Mask2Former"]
+__all__ = ["Mask2Former", "masked_instances"]
 
 
 class Mask2Former(nn.Module):
@@ -85,8 +85,8 @@ class Mask2Former(nn.Module):
         results = []
         for i, (given, own) in enumerate(zip(batched_inputs, images.image_sizes)):
             wanted = given.get("height", own[0]), given.get("width", own[1])
-            found = self.select(logits[-1, i], masks[-1, i], size, own, wanted)
-            results.append({"instances": found})
+            found = self.select(logits[-1, i], masks[-1, i], size, own)
+            results.append({"instances": masked_instances(*found, wanted)})
         return results
 
     def preprocess(self, batched_inputs: list[dict[str, Any]]) -> ImageList:
@@ -113,32 +113,21 @@ class Mask2Former(nn.Module):
         masks: Tensor,
         batch_size: Sequence[int],
         image_size: Sequence[int],
-        wanted: tuple[int, int],
-    ) -> Instances:
-        """Return the best pairs of query and class of one image; a score is that of the class times
-        the mean probability inside the mask.
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the best pairs of query and class of one image: class probabilities ``(R,)``, best
+        first, classes ``(R,)`` and mask logits ``(R, h, w)`` of its pixels.
 
         Args:
             logits: ``(Q, K + 1)``
             masks: logits ``(Q, H / 4, W / 4)``
             batch_size: (H, W)
-            image_size: height and width without padding
-            wanted: height and width of the result
+            image_size: (h, w), without padding
         """
         scores = logits.float().softmax(dim=-1)[:, :-1].flatten()
         scores, index = scores.topk(min(self.max_detections, len(scores)))
         masks = masks[index // self.num_classes].float()[None]
         masks = F.interpolate(masks, size=tuple(batch_size), mode="bilinear", align_corners=False)
-        masks = masks[:, :, : image_size[0], : image_size[1]]
-        masks = F.interpolate(masks, size=wanted, mode="bilinear", align_corners=False)[0]
-        inside = masks > 0
-        shares = (masks.sigmoid() * inside).sum((1, 2)) / (inside.sum((1, 2)) + 1e-6)
-        found = Instances(wanted)
-        found.pred_masks = inside
-        found.pred_boxes = Boxes(_boxes(inside))
-        found.scores = scores * shares
-        found.pred_classes = index % self.num_classes
-        return found
+        return scores, index % self.num_classes, masks[0, :, : image_size[0], : image_size[1]]
 
     def _targets(self, instances: Instances, size: Sequence[int]) -> MaskTargets:
         """Return the objects with masks of the batch's size."""
@@ -149,6 +138,27 @@ class Mask2Former(nn.Module):
         masks = masks.tensor.to(self.device)
         padded = F.pad(masks, (0, size[1] - width, 0, size[0] - height))
         return MaskTargets(classes=instances.gt_classes.to(self.device), masks=padded)
+
+
+def masked_instances(
+    scores: Tensor, classes: Tensor, masks: Tensor, size: tuple[int, int]
+) -> Instances:
+    """Return detections at ``size`` (height, width); a score is that of the class times the mean
+    probability inside the mask.
+
+    Args:
+        scores, classes: ``(R,)``
+        masks: logits ``(R, h, w)``, of the whole image at any size
+    """
+    masks = F.interpolate(masks[None], size=size, mode="bilinear", align_corners=False)[0]
+    inside = masks > 0
+    shares = (masks.sigmoid() * inside).sum((1, 2)) / (inside.sum((1, 2)) + 1e-6)
+    found = Instances(size)
+    found.pred_masks = inside
+    found.pred_boxes = Boxes(_boxes(inside))
+    found.scores = scores * shares
+    found.pred_classes = classes
+    return found
 
 
 def _boxes(masks: Tensor) -> Tensor:

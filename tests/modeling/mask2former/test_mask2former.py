@@ -14,7 +14,12 @@ from torchvision.ops import masks_to_boxes
 
 from d2dense.config import detr
 from d2dense.engine.recompute import enable_activation_checkpointing
-from d2dense.modeling.mask2former import Mask2FormerCriterion, MaskDecoder, MaskTargets
+from d2dense.modeling.mask2former import (
+    Mask2FormerCriterion,
+    MaskDecoder,
+    MaskTargets,
+    masked_instances,
+)
 from d2dense.modeling.mask2former.points import sample, uncertain_points
 
 CLASSES = 3
@@ -248,7 +253,7 @@ def test_selection_by_loop():
     model = build()
     model.max_detections = 4
     logits, masks = torch.randn(6, CLASSES + 1), torch.randn(6, 8, 8)
-    found = model.select(logits, masks, (32, 32), (32, 32), (32, 32))
+    found = masked_instances(*model.select(logits, masks, (32, 32), (32, 32)), (32, 32))
     scores = logits.softmax(1)
     pairs = sorted(itertools.product(range(6), range(CLASSES)), key=lambda i: -scores[i])[:4]
     for i, (q, k) in enumerate(pairs):
