@@ -10,9 +10,10 @@
     masks ``(N, 28, 28)``: probabilities on a grid over each box; torchvision's
     ``models.detection.roi_heads.paste_masks_in_image(masks[:, None], boxes, (height, width))``
     stretches them over their boxes, above 0.5 is the object. A Mask2Former gives class scores,
-    classes and mask logits ``(N, H, W)``, a semantic segmentor scores ``(K, H, W)``. Padding, normalisation and non-maximum suppression are inside; no device is
-    written into the file, it runs where it is loaded (``map_location``). It evaluates as it is; a
-    scripted file refuses ``eval()`` and ``train()``.
+    classes and mask logits ``(N, H, W)``, a semantic segmentor scores ``(K, H, W)``. Padding,
+    normalisation and non-maximum suppression are inside; no device is written into the file, it
+    runs where it is loaded (``map_location``). It evaluates as it is; a scripted file refuses
+    ``eval()`` and ``train()``.
 
 ``model.pt2`` (``format="torch_export"``)
     A program of ``torch.export`` with the same outputs, for float32 images whose sides are at least
