@@ -33,7 +33,8 @@ _WORD = re.compile(r"(?!__)[\w+-]*(\.(?!__)[\w+-]*)*", re.ASCII)
 _OPERATOR = re.compile(
     r"torch\.ops\.aten\.(?!from_file\b|save\b|_?print\b)\w+\.\w+|"
     r"torch\.ops\.torchvision\.(nms|roi_align)\.default|"
-    r"torch\.ops\.higher_order\.while_loop|torch\.sym_\w+|math\.\w+|_operator\.[a-z]\w*",
+    r"torch\.ops\.higher_order\.(while_loop|wrap_with_autocast)|"
+    r"torch\.sym_\w+|math\.\w+|_operator\.[a-z]\w*",
     re.ASCII,
 )
 _SPECS = {None, "builtins.tuple", "builtins.list", "builtins.dict"}
