@@ -1,7 +1,8 @@
 """Which model to take: sizes, costs, what papers report, what is verified and how fast it is here.
 
 Each project names its models in ``results.yaml``: a list of ``model``, ``size`` (height, width),
-``paper`` (``metric``, ``value`` in percent, ``data``, ``where``), ``verified`` and ``tests``.
+``paper`` (``metric``, ``value`` in percent, ``data``, ``where``), ``verified``, ``tests`` and,
+where the benchmark measures the same network under another name, that name as ``timed``.
 """
 
 from __future__ import annotations
@@ -152,10 +153,12 @@ def write_table(path: Path, *, command: str, benchmarks: Path, recount: bool = F
     for name, entry in entries().items():
         rows.append(row(name, entry, known.get(name)))
         for report, of_models in measured.items():
-            rows[-1][f"ms, {report}"] = of_models.get(name, "not measured")
+            timed = f"{name.split('/')[0]}/{entry['timed']}" if "timed" in entry else name
+            ms = of_models.get(timed)
+            rows[-1][f"ms, {report}"] = "not measured" if ms is None else f"{ms:.0f}"
         if not measured:
             rows[-1]["latency"] = "not measured"
-    note = "latency: one image; the report in `benchmarks` names machine, date and size of images."
+    note = "ms: one image; the report in `benchmarks` names machine, date and size of images."
     return write_report(
         path, title="Pick a model", command=command, rows=rows, notes=[*_NOTES, note]
     )
