@@ -38,7 +38,7 @@ _TITLE = "What can be exported how"
 _SIZE = (96, 128)
 _NOTES = [
     "A figure is the largest error of any output value of the file, run in a fresh process without "
-    "this project, at two other image sizes and on an empty image, against the model; relative "
+    "this project, at two other image sizes and on a pale image, against the model; relative "
     "where values are above 1. Weights are random, the last layers scaled so that scores and boxes "
     "differ. Pictures are small, those of full-size models too.",
     "Reduced: one or two blocks or layers of each kind, by d2dense.export.reduction. Models that "

@@ -109,7 +109,7 @@ def export_model(
 ) -> Exported:
     """Write a file and ``model.json`` into a folder, after a check in a fresh process.
 
-    The check compares the file with the model on two other image sizes and on an empty image; the
+    The check compares the file with the model on two other image sizes and on a pale one; the
     model itself is not changed.
 
     Args:

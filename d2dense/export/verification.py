@@ -24,6 +24,7 @@ _SERVER = Path(__file__).with_name("fresh_server.py")
 # Height and width of the check images relative to the traced one: two other shapes, one of them
 # upright where the traced one is not.
 _SCALES = ((0.73, 1.19), (1.31, 0.67))
+_CONTRAST = 0.1  # of the pale image
 
 _FAR = 1e9
 
@@ -53,10 +54,10 @@ class ImageCheck:
 
 
 def check_images(image: Tensor, *, largest: int | None = None) -> list[Tensor]:
-    """Return images ``(C, h, w)`` uint8 to compare on: ``image`` at two other sizes, and an empty
+    """Return images ``(C, h, w)`` uint8 to compare on: ``image`` at two other sizes, and a pale
     one; no side is over ``largest``.
 
-    The empty one has a third size and usually no detections, which must work too.
+    The pale one has a third size and usually no detections, which must work too.
     """
     _, height, width = image.shape
     images = []
@@ -65,7 +66,9 @@ def check_images(image: Tensor, *, largest: int | None = None) -> list[Tensor]:
         size = [min(side, largest or side) for side in size]
         scaled = F.interpolate(image[None].float(), size, mode="bilinear", align_corners=False)
         images.append(scaled[0].round().clamp(0, 255).to(torch.uint8))
-    images.append(torch.full_like(images[0][:, :-3, :-5], 128))
+    # not without any contrast: all places would tie, and which of them are proposed is nobody's
+    pale = (images[0][:, :-3, :-5].float() - 128) * _CONTRAST + 128
+    images.append(pale.round().to(torch.uint8))
     return images
 
 

@@ -37,13 +37,13 @@ def saved(module, path):
     return path
 
 
-def test_other_sizes_and_one_empty_image():
+def test_other_sizes_and_one_pale_image():
     images = check_images(picture(120, 160))
     sizes = {tuple(image.shape) for image in images}
     assert len(sizes) == len(images) == 3
     assert (3, 120, 160) not in sizes
     assert all(image.dtype == torch.uint8 for image in images)
-    assert images[2].unique().numel() == 1
+    assert 1 < images[2].unique().numel() < 30
 
 
 def test_no_side_is_larger_than_the_model_takes():
