@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Make the generated data set ``shapes``: pictures, COCO instances, panoptic and semantic maps."""
+"""Make the generated dataset ``shapes``: pictures, COCO instances, panoptic and semantic maps."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@
       --predictions results.json
 
 Reads what evaluations write (coco_instances_results.json, sem_seg_predictions.json) and any file in
-COCO's results format under the data set's image and category ids.
+COCO's results format under the dataset's image and category ids.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     name = command.custom_dataset(args)
     if name is None:
-        raise UserError("which data set? Give --dataset, or --images with --json or --labels")
+        raise UserError("which dataset? Give --dataset, or --images with --json or --labels")
     records = {image_key(record): record for record in datasets.load(name)}
     metadata = MetadataCatalog.get(name)
     outputs = read_outputs(

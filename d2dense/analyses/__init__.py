@@ -1,4 +1,4 @@
-"""Analyses of trained models and of backbones, on any config and any data set that fits.
+"""Analyses of trained models and of backbones, on any config and any dataset that fits.
 
 | module | answers |
 |---|---|

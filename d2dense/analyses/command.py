@@ -23,7 +23,7 @@ __all__ = [
     "per_config",
 ]
 
-# Entries of a data set that the command line may give, see d2dense.data.dataset_spec.DatasetSpec.
+# Entries of a dataset that the command line may give, see d2dense.data.dataset_spec.DatasetSpec.
 _FILES = {
     "kind": "of these data: coco, lvis, cityscapes or sem_seg; by default by what is given",
     "json": "annotations in COCO's format instead of --dataset",
@@ -47,7 +47,7 @@ def make_parser(
         description: the tool's docstring.
         configs: whether a model must be named.
         weights: whether it takes ``--weights`` once per config, and ``--device``.
-        data: whether it takes a data set.
+        data: whether it takes a dataset.
         num: whether it takes ``--num``, a number of its images, by default all.
     """
     parser = ToolParser(
@@ -87,7 +87,7 @@ def make_parser(
 
 
 def add_data(parser: ToolParser, *, default: str) -> None:
-    """Add ``--dataset``, and the files of a data set that has no name; :func:`custom_dataset` reads
+    """Add ``--dataset``, and the files of a dataset that has no name; :func:`custom_dataset` reads
     them.
 
     Args:
@@ -99,7 +99,7 @@ def add_data(parser: ToolParser, *, default: str) -> None:
 
 
 def custom_dataset(args: argparse.Namespace) -> str | None:
-    """Return the name of the data set that the command line asks for, or None."""
+    """Return the name of the dataset that the command line asks for, or None."""
     given = {k: getattr(args, k) for k in _FILES if getattr(args, k) is not None}
     if not given:
         return args.dataset
@@ -107,7 +107,7 @@ def custom_dataset(args: argparse.Namespace) -> str | None:
         other = "labels" if "labels" in given else "json"
         raise UserError(f"--{other} and --images belong together; give both or none")
     if args.dataset is not None:
-        raise UserError("--dataset and --images name two data sets; give one of them")
+        raise UserError("--dataset and --images name two datasets; give one of them")
     return datasets.register_custom({"analysis": given})["analysis"]
 
 
@@ -147,7 +147,7 @@ def distinct_config_names(args: argparse.Namespace) -> list[str]:
 def open_subjects(
     args: argparse.Namespace, *, kinds: Sequence[str] = (DETECTORS,)
 ) -> list[Subject]:
-    """Open the models of the command line on one data set.
+    """Open the models of the command line on one dataset.
 
     Args:
         kinds: of models that the analysis is for.

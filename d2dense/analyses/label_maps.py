@@ -39,8 +39,8 @@ def compare_label_maps(
 
     Args:
         predictions: by the name above their column, the model's output for each record.
-        records: of a data set with label maps.
-        metadata: of that data set; its ``stuff_classes`` are the K classes.
+        records: of a dataset with label maps.
+        metadata: of that dataset; its ``stuff_classes`` are the K classes.
 
     Raises:
         UserError: no label maps, or a model for other classes.
@@ -48,7 +48,7 @@ def compare_label_maps(
     count = len(metadata.get("stuff_classes") or ())
     if not count or any("sem_seg_file_name" not in record for record in records):
         raise UserError(
-            f"data set {metadata.get('name')!r} has no label maps; name one of a sem_seg task"
+            f"dataset {metadata.get('name')!r} has no label maps; name one of a sem_seg task"
         )
     columns = ("image", "ground truth", *predictions)
     images = [read_image(dict(record), "BGR") for record in records]

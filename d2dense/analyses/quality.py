@@ -47,7 +47,7 @@ class Objects:
 
     @classmethod
     def of(cls, record: Mapping[str, Any]) -> Objects:
-        """Return the objects of a data set record, without crowds."""
+        """Return the objects of a dataset record, without crowds."""
         kept = [a for a in record.get("annotations", ()) if not a.get("iscrowd", 0)]
         boxes = [BoxMode.convert(list(a["bbox"]), a["bbox_mode"], BoxMode.XYXY_ABS) for a in kept]
         classes = np.array([a["category_id"] for a in kept], dtype=np.int64)
@@ -114,7 +114,7 @@ class Comparison:
     """Scores of one image by a model and a baseline.
 
     Attributes:
-        record: the image in the data set
+        record: the image in the dataset
         objects: how many it has
         model, baseline: image scores
         rank: from 1 on, by difference
@@ -197,11 +197,11 @@ def read_predictions(
 
     Args:
         dataset: registered name, whose category ids are used.
-        image_ids: all ids of the data set.
+        image_ids: all ids of the dataset.
 
     Raises:
-        UserError: no such file, another format, or an image or category that is not in the data
-            set.
+        UserError: no such file, another format, or an image or category that is not in the
+            dataset.
     """
     saved = saved_results.read_detections(path, dataset, set(image_ids))
     return {

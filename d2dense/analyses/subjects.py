@@ -160,11 +160,11 @@ def _set_test_set(cfg: CfgNode | DictConfig, name: str) -> None:
 
 
 def annotated_records(dataset: str, count: int | None = None) -> Records:
-    """Return the images of a data set, of detection only those that have objects (crowds do not
+    """Return the images of a dataset, of detection only those that have objects (crowds do not
     count), the first ``count`` of them.
 
     Raises:
-        UserError: an unknown data set, missing files, or no such image.
+        UserError: an unknown dataset, missing files, or no such image.
     """
     records = loaders.get_dataset_dicts(names=dataset, filter_empty=True)
     return records if count is None else records.select(np.arange(min(count, len(records))))
@@ -174,7 +174,7 @@ def records_of(dataset: str, image_ids: Sequence[str]) -> Records:
     """Return the images with these ids (``image_id`` as text, else ``file_name``), in this order.
 
     Raises:
-        UserError: an image that is not in the data set, or that has no objects.
+        UserError: an image that is not in the dataset, or that has no objects.
     """
     records = annotated_records(dataset)
     places = {str(image_key(record)): index for index, record in enumerate(records)}
@@ -184,7 +184,7 @@ def records_of(dataset: str, image_ids: Sequence[str]) -> Records:
         if each not in places:
             raise UserError(
                 f"image {each} of the ranking is not among those with objects in {dataset}; rank "
-                "the images of the same data set"
+                "the images of the same dataset"
             )
     return records.select(np.array([places[each] for each in image_ids]))
 

@@ -92,7 +92,7 @@ def train(**changes) -> DictConfig:
             "non_finite": {"policy": "raise", "max_skips": 20},  # policy: raise | skip
             "lr_scaling": {"rule": "none", "reference_batch": 16},  # rule: none | linear | sqrt
             "reinit_misshaped": False,  # True: initial weights of another shape are left out
-            "init_classes": "",  # the same, but classes are loaded by name: a data set or a json
+            "init_classes": "",  # the same, but classes are loaded by name: a dataset or a json
             "allow_pickle": False,
             "class_count": "check",  # or "auto": every model.*.num_classes from the data
         },

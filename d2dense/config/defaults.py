@@ -154,7 +154,7 @@ def _add_run_keys(cfg: CN) -> None:
     # Initial weights of another shape (other classes) keep their fresh values instead of being an
     # error; of queries the rows that both have are loaded.
     cfg.TRAIN.REINIT_MISSHAPED = False
-    # The same, but what belongs to classes is loaded by their names: a data set, or an annotation
+    # The same, but what belongs to classes is loaded by their names: a dataset, or an annotation
     # file, with the classes of the initial weights (checkpoint/rows.py).
     cfg.TRAIN.INIT_CLASSES = ""
     # Pickled model files can run code; they load only with this set.

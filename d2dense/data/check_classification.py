@@ -15,7 +15,7 @@ __all__ = ["check_class_folders"]
 
 
 def check_class_folders(name: str, *, decode: bool = True, workers: int = 4) -> Report:
-    """Check a registered data set of the kind ``image_folder``; arguments as in
+    """Check a registered dataset of the kind ``image_folder``; arguments as in
     :func:`d2dense.data.check.check_images`.
     """
     report = Report(name)

@@ -95,7 +95,7 @@ def known_classes(name: str, kind: str) -> list[str] | None:
     if name not in MetadataCatalog.list():
         return None
     metadata = MetadataCatalog.get(name)
-    if metadata.get("learn_classes") is not None:  # known without the data set's files
+    if metadata.get("learn_classes") is not None:  # known without the dataset's files
         metadata.set(**metadata.learn_classes())
         del metadata.learn_classes
     classes = metadata.get(f"{kind}_classes")

@@ -236,7 +236,7 @@ class ClassificationMapper:
         if "label" not in record:
             raise SampleError(
                 f"image {record['file_name']} has no class of its own; a classifier needs a "
-                "data set of the kind image_folder",
+                "dataset of the kind image_folder",
                 record["file_name"],
             )
         inputs = T.AugInput(read_image(record, self.image_format))

@@ -75,7 +75,7 @@ def pair_files(
     """Match pictures and label maps by their path below the folders, endings aside.
 
     Args:
-        split: a text file with the paths that belong to the data set, one per line and without
+        split: a text file with the paths that belong to the dataset, one per line and without
             endings; empty: all do.
 
     Returns:

@@ -99,7 +99,7 @@ def _other_classes(root: str, found: Sequence[str], classes: Sequence[str]) -> s
         if names
     ]
     return (
-        f"{root} has {len(found)} class folders, expected the data set's {len(classes)}: it is "
-        f"{' and '.join(parts)}; use the full data set, or describe yours in DATASETS.CUSTOM / "
+        f"{root} has {len(found)} class folders, expected the dataset's {len(classes)}: it is "
+        f"{' and '.join(parts)}; use the full dataset, or describe yours in DATASETS.CUSTOM / "
         "datasets with kind = image_folder"
     )

@@ -1,4 +1,4 @@
-"""What the values in a data set's label maps mean: tables from value to class, applied as files are
+"""What the values in a dataset's label maps mean: tables from value to class, applied as files are
 read, so that nobody's files are rewritten.
 
 A table goes by its name here, or is a json file of a user's own::
@@ -81,7 +81,7 @@ class LabelTable:
         return meaning.astype(np.uint8 if is_small else np.int64)[index]
 
     def to_values(self, classes: np.ndarray) -> np.ndarray:
-        """Return what the data set's files hold for classes (H, W), as uint8 or uint16: of several
+        """Return what the dataset's files hold for classes (H, W), as uint8 or uint16: of several
         values of a class the first that is listed, and for all numbers that are no class the first
         value that stands for none, or 255 where no value does.
         """
@@ -185,7 +185,7 @@ def _class(k: object, text: str, path: Path) -> int | None:
     return k
 
 
-# The data sets
+# The datasets
 
 
 _PASCAL_CONTEXT = (

@@ -192,7 +192,7 @@ def read_sem_seg(record: dict[str, Any], image: np.ndarray, ignore_label: int) -
 
     Raises:
         SampleError: missing, broken, of another size than the picture, or with classes that the
-            data set does not have.
+            dataset does not have.
     """
     path = record["sem_seg_file_name"]
     labels = read_label_map(path)
@@ -262,7 +262,7 @@ def _check_classes(labels: np.ndarray, count: int, ignore_label: int, path: str)
     wrong = labels[((labels < 0) | (labels >= count)) & (labels != ignore_label)]
     if wrong.size:
         raise SampleError(
-            f"label map {path} has class {wrong[0]}, but its data set has the classes 0 to "
+            f"label map {path} has class {wrong[0]}, but its dataset has the classes 0 to "
             f"{count - 1} and ignores {ignore_label}; correct the file, the class list or the "
             "ignore label",
             path,

@@ -30,7 +30,7 @@ class RunSettings:
         reinit_misshaped: weights of ``init_checkpoint`` whose shape differs from the model's (the
             predictors of another number of classes) keep their fresh values instead of being an
             error; of queries, the rows that both have are loaded.
-        init_classes: a data set's name, or an annotation file with COCO's categories: the classes
+        init_classes: a dataset's name, or an annotation file with COCO's categories: the classes
             of ``init_checkpoint``. What belongs to a class of the same name is loaded then, and
             what else differs in shape stays fresh. Empty: their names are not known.
         total_batch_size: images per optimizer step over all processes; 0 where it is not known.

@@ -48,7 +48,7 @@ _KEYS = ("title", "metric", "seeds", "input_size", "datasets", "models")
 
 @dataclass(frozen=True)
 class Run:
-    """One training: a model on a data set from a seed."""
+    """One training: a model on a dataset from a seed."""
 
     model: str
     dataset: str
@@ -80,7 +80,7 @@ def read_study(path: str | Path, *, output: str | Path, values: Mapping[str, str
     """Read a study file.
 
     Args:
-        output: folder of the runs, ``<output>/<data set>/<model>/seed<n>``.
+        output: folder of the runs, ``<output>/<dataset>/<model>/seed<n>``.
         values: what ``$NAME`` in the overrides stands for.
 
     Raises:
@@ -207,7 +207,7 @@ def _is_finished(run: Run, metric: str) -> bool:
 
 
 def _results(study: Study) -> dict[str, dict[str, dict[int, float]]]:
-    """Return data set -> model -> seed -> last value of the metric."""
+    """Return dataset -> model -> seed -> last value of the metric."""
     results: dict[str, dict[str, dict[int, float]]] = {}
     for run in study.runs:
         curves = read_metrics(run.folder)

@@ -204,7 +204,7 @@ class Trainer(TrainerBase):
         self.iter = self.start_iter = self.completed
         storage = TensorStorage(self.start_iter, max_length=max(10_000, 10 * settings.log_period))
         with self.stop_request.listening(), self._same_bits(), storage as self.storage:
-            # before the clock starts: this may generate or index a data set
+            # before the clock starts: this may generate or index a dataset
             finished = self.completed >= self.max_iter
             loader = () if finished else self._build_loader()
             if self._random is not None:

@@ -18,13 +18,13 @@ __all__ = ["ImageEvaluator", "image_key", "require"]
 
 
 def image_key(image: Mapping[str, Any]) -> Hashable:
-    """Identify one image of a loader's batch or of a data set: ``image_id``, else ``file_name``."""
+    """Identify one image of a loader's batch or of a dataset: ``image_id``, else ``file_name``."""
     for name in ("image_id", "file_name"):
         if name in image:
             return image[name]
     raise UserError(
         f"an image of the test set has the keys {sorted(image)} but neither image_id nor file_name;"
-        " let the data set's dicts and the mapper keep one of them"
+        " let the dataset's dicts and the mapper keep one of them"
     )
 
 
@@ -74,7 +74,7 @@ class ImageEvaluator(DatasetEvaluator):
         return self.summarize(merged)
 
     def key(self, image: Mapping[str, Any]) -> Hashable:
-        """Return what identifies ``image`` within the data set."""
+        """Return what identifies ``image`` within the dataset."""
         return image_key(image)
 
     def record(self, image: Mapping[str, Any], output: Mapping[str, Any]) -> Any:
@@ -97,6 +97,6 @@ class ImageEvaluator(DatasetEvaluator):
         if key not in output:
             raise UserError(
                 f"the model returned {sorted(output)}, but the evaluation of {self.dataset_name!r} "
-                f"needs {key!r}; test this model on a data set of its own kind"
+                f"needs {key!r}; test this model on a dataset of its own kind"
             )
         return output[key]

@@ -69,7 +69,7 @@ class CityscapesEvaluator(ImageEvaluator):
         gt_dir = self.metadata.get("gt_dir")
         if not gt_dir or not Path(gt_dir).is_dir():
             raise UserError(
-                f"gt_dir of data set {dataset_name!r} is {gt_dir!r}, which is not a folder; "
+                f"gt_dir of dataset {dataset_name!r} is {gt_dir!r}, which is not a folder; "
                 "give the folder gtFine/<split>"
             )
         self.gt_dir = Path(gt_dir)
@@ -122,7 +122,7 @@ class CityscapesInstanceEvaluator(CityscapesEvaluator):
     images in which nothing was found.
 
     Args:
-        dataset_name: registered data set with the metadata ``gt_dir`` and ``thing_classes``, whose
+        dataset_name: registered dataset with the metadata ``gt_dir`` and ``thing_classes``, whose
             names are Cityscapes'.
         output_dir: unused; nothing is written.
         prediction_key: key of the model's output dict with ``Instances`` that have ``pred_masks``

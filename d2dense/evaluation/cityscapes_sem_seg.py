@@ -46,7 +46,7 @@ class CityscapesSemSegEvaluator(CityscapesEvaluator):
     ``submission/<image>.png`` with label ids, as the benchmark's server takes them.
 
     Args:
-        dataset_name: registered data set with the metadata ``gt_dir``.
+        dataset_name: registered dataset with the metadata ``gt_dir``.
         output_dir: None writes nothing.
         prediction_key: key of the model's output dict with scores (19, H, W) or train ids (H, W).
         boundary_iou, submission: see above.

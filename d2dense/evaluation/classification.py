@@ -46,7 +46,7 @@ class ClassificationEvaluator(ImageEvaluator):
     every image) and ``classification_classes.csv`` (images and accuracies by class).
 
     Args:
-        dataset_name: registered data set with the metadata ``image_classes``, whose images come
+        dataset_name: registered dataset with the metadata ``image_classes``, whose images come
             with a ``label``.
         output_dir: folder for predictions; None writes nothing.
     """

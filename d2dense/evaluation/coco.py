@@ -29,9 +29,9 @@ class InstanceEvaluator(ImageEvaluator):
     """What the COCO and the LVIS evaluator share: collecting predicted instances.
 
     Args:
-        dataset_name: registered data set, with a ``json_file`` or (COCO only) dicts.
-        tasks: of "bbox" and "segm"; None means boxes, and masks where both the model and the data
-            set have them.
+        dataset_name: registered dataset, with a ``json_file`` or (COCO only) dicts.
+        tasks: of "bbox" and "segm"; None means boxes, and masks where both the model and the
+            dataset have them.
         output_dir: folder for the predictions as a COCO results file; None writes nothing.
         max_dets: number of highest-scoring detections that count.
         per_class: also return and log the precision of each class.
@@ -99,7 +99,7 @@ class InstanceEvaluator(ImageEvaluator):
     def write_predictions(
         self, records: Mapping[Hashable, Any], category_of_class: Sequence[int]
     ) -> None:
-        """Write all detections in COCO's results format under the data set's own ids."""
+        """Write all detections in COCO's results format under the dataset's own ids."""
         results = []
         for image_id, record in records.items():
             for found in record["detections"]:
@@ -123,7 +123,7 @@ class COCOEvaluator(InstanceEvaluator):
         if unknown:
             raise UserError(
                 f"image {unknown[0]!r} was predicted but is not in {truth.source}; the test loader "
-                "and the evaluator must use the same data set"
+                "and the evaluator must use the same dataset"
             )
         self.write_predictions(records, truth.class_ids)
         if truth.annotations is None:

@@ -29,9 +29,9 @@ def check_classes(instances: Instances, *, num_classes: int, dataset_name: str) 
     low, high = int(classes.min()), int(classes.max())
     if low < 0 or high >= num_classes:
         raise UserError(
-            f"the model predicts class {high if high >= num_classes else low}, but the data set "
+            f"the model predicts class {high if high >= num_classes else low}, but the dataset "
             f"{dataset_name!r} has {num_classes} classes (0 to {num_classes - 1}); set the model's "
-            f"number of classes to {num_classes} or test on the data set that it was trained for"
+            f"number of classes to {num_classes} or test on the dataset that it was trained for"
         )
 
 

@@ -1,4 +1,4 @@
-"""The evaluator of a data set, by the ``evaluator_type`` in its metadata."""
+"""The evaluator of a dataset, by the ``evaluator_type`` in its metadata."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def build_evaluator(
         max_dets: detections per image that count by COCO's measure, 100 by default; LVIS's measure
             has its own 300.
         boundary_iou: of label maps: measure it too.
-        submission: of label maps: write the predictions as the data set's own label maps are.
+        submission: of label maps: write the predictions as the dataset's own label maps are.
 
     Raises:
         UserError: no or an unknown ``evaluator_type``, or options that the evaluator does not have.
@@ -50,7 +50,7 @@ def build_evaluator(
     kind = MetadataCatalog.get(dataset_name).get("evaluator_type")
     if kind not in EVALUATORS:
         raise UserError(
-            f"data set {dataset_name!r} has evaluator_type {kind!r}, expected one of "
+            f"dataset {dataset_name!r} has evaluator_type {kind!r}, expected one of "
             f"{', '.join(EVALUATORS)}{nearest(str(kind), EVALUATORS)}"
         )
     module, class_name = EVALUATORS[kind]
@@ -59,7 +59,7 @@ def build_evaluator(
     for name, value in {"boundary_iou": boundary_iou, "submission": submission}.items():
         if value and not kind.endswith("sem_seg"):
             raise UserError(
-                f"{name} is for label maps; data set {dataset_name!r} is evaluated as {kind}"
+                f"{name} is for label maps; dataset {dataset_name!r} is evaluated as {kind}"
             )
         if value:
             options[name] = value
@@ -68,5 +68,5 @@ def build_evaluator(
         if max_dets is not None and module == "coco":
             options["max_dets"] = max_dets
     elif tasks is not None:
-        raise UserError(f"tasks are for objects; data set {dataset_name!r} is evaluated as {kind}")
+        raise UserError(f"tasks are for objects; dataset {dataset_name!r} is evaluated as {kind}")
     return evaluator(dataset_name, **options)

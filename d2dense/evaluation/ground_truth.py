@@ -1,6 +1,6 @@
-"""Ground truth of a detection data set, read afresh for every evaluation.
+"""Ground truth of a detection dataset, read afresh for every evaluation.
 
-The annotations come from the data set's ``json_file`` or, without one, from its dicts; nothing is
+The annotations come from the dataset's ``json_file`` or, without one, from its dicts; nothing is
 written to disk or kept between evaluations, so changed annotations are always seen.
 """
 
@@ -30,19 +30,19 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class GroundTruth:
-    """Annotations of one data set under ids of our own.
+    """Annotations of one dataset under ids of our own.
 
     Ids in files are any integers (with gaps, from 0, even repeated) or texts. Here images count
     from 1 in the order of their ids, classes are the contiguous class + 1, and annotations
     count from 1.
     """
 
-    source: str  # file or data set, for messages
-    image_ids: dict[Hashable, int]  # id in the data set -> our id
+    source: str  # file or dataset, for messages
+    image_ids: dict[Hashable, int]  # id in the dataset -> our id
     images: list[dict[str, Any]]
     annotations: list[dict[str, Any]] | None  # None: a test set without published annotations
     class_names: list[str]
-    class_ids: list[int]  # contiguous class -> category id in the data set
+    class_ids: list[int]  # contiguous class -> category id in the dataset
 
     @property
     def has_masks(self) -> bool:
@@ -82,7 +82,7 @@ def require_sizes(images: Iterable[Mapping[str, Any]], source: str | Path) -> No
 
 
 def class_ids(metadata: Metadata, categories: Iterable[Mapping[str, Any]]) -> dict[int, int]:
-    """Return {category id in the data set: contiguous class}.
+    """Return {category id in the dataset: contiguous class}.
 
     The metadata's ``thing_dataset_id_to_contiguous_id`` decides; without it classes are numbered in
     the order of their ids, which is what detectron2's loader does.
@@ -94,7 +94,7 @@ def class_ids(metadata: Metadata, categories: Iterable[Mapping[str, Any]]) -> di
 
 
 def load_ground_truth(dataset_name: str) -> GroundTruth:
-    """Read the annotations of a registered data set."""
+    """Read the annotations of a registered dataset."""
     metadata = MetadataCatalog.get(dataset_name)
     json_file = metadata.get("json_file")
     if json_file:
@@ -226,7 +226,7 @@ def _from_dicts(dataset_name: str, metadata: Metadata) -> GroundTruth:
     dicts = DatasetCatalog.get(dataset_name)
     names = metadata.get("thing_classes")
     if not names:
-        raise UserError(f"data set {dataset_name!r} has no thing_classes in its metadata; set them")
+        raise UserError(f"dataset {dataset_name!r} has no thing_classes in its metadata; set them")
     images = [
         {"id": image_key(d), "height": d.get("height"), "width": d.get("width")} for d in dicts
     ]

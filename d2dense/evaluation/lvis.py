@@ -28,7 +28,7 @@ class LVISEvaluator(InstanceEvaluator):
     Args: those of :class:`InstanceEvaluator`.
 
     Raises:
-        UserError: a data set without ``json_file``, or the package is not installed.
+        UserError: a dataset without ``json_file``, or the package is not installed.
     """
 
     results_prefix = "lvis"
@@ -54,9 +54,7 @@ class LVISEvaluator(InstanceEvaluator):
             task_suffix=task_suffix,
         )
         if not self.metadata.get("json_file"):
-            raise UserError(
-                f"data set {dataset_name!r} has no json_file; LVIS evaluation needs one"
-            )
+            raise UserError(f"dataset {dataset_name!r} has no json_file; LVIS evaluation needs one")
         _lvis()
 
     def summarize(self, records: Mapping[Hashable, Any]) -> dict[str, dict[str, float]]:
@@ -69,7 +67,7 @@ class LVISEvaluator(InstanceEvaluator):
         if unknown:
             raise UserError(
                 f"image {unknown[0]!r} was predicted but is not in {path}; the test loader and the "
-                "evaluator must use the same data set"
+                "evaluator must use the same dataset"
             )
         self.write_predictions(
             records, [category_of_class[c] for c in range(len(category_of_class))]
@@ -182,7 +180,7 @@ def _complete(truth: Any, json_file: str) -> None:
         if category.get("frequency") not in ("r", "c", "f"):
             raise UserError(
                 f"category {category.get('id')} of {json_file} has no frequency r, c or f; "
-                "it is not in LVIS's layout: register the file as a COCO data set"
+                "it is not in LVIS's layout: register the file as a COCO dataset"
             )
 
 

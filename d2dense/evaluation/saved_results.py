@@ -76,11 +76,11 @@ def read_detections(
 
     Args:
         dataset: registered name, whose category ids are used.
-        images: all image ids of the data set.
+        images: all image ids of the dataset.
 
     Raises:
-        UserError: no such file, another format, or an image or category that is not in the data
-            set.
+        UserError: no such file, another format, or an image or category that is not in the
+            dataset.
     """
     to_class = _classes_by_id(dataset, "thing")
     known = set(images)

@@ -65,7 +65,7 @@ def class_map(prediction: Any, num_classes: int, *, no_class: int, source: str) 
 
     Args:
         prediction: scores (K, H, W), or (H, W) integers in which ``no_class`` means none.
-        source: data set, for messages.
+        source: dataset, for messages.
 
     Raises:
         UserError: another shape or number of classes.
@@ -88,7 +88,7 @@ def class_map(prediction: Any, num_classes: int, *, no_class: int, source: str) 
     if wrong.size:
         raise UserError(
             f"the model predicts class {wrong[0]}, but {source!r} has {num_classes} classes (0 to "
-            f"{num_classes - 1}); test the model on the data set that it was trained for"
+            f"{num_classes - 1}); test the model on the dataset that it was trained for"
         )
     labels[none] = num_classes
     return labels
@@ -129,10 +129,10 @@ class SemSegEvaluator(ImageEvaluator):
 
     An output folder gets ``confusion_matrix.csv`` and ``.png``, the predictions as COCO's segments
     in ``sem_seg_predictions.json`` and, with ``submission``, ``submission/<image>.png`` with the
-    values that the data set's own label maps have.
+    values that the dataset's own label maps have.
 
     Args:
-        dataset_name: registered data set whose dicts have ``sem_seg_file_name``, with the metadata
+        dataset_name: registered dataset whose dicts have ``sem_seg_file_name``, with the metadata
             ``stuff_classes`` and, where they are not 255, False and empty, ``ignore_label``,
             ``reduce_zero_label`` (the files count classes from 1) and ``label_table`` (what their
             values mean, see :mod:`d2dense.data.label_tables`).
@@ -141,7 +141,7 @@ class SemSegEvaluator(ImageEvaluator):
         boundary_iou, submission: see above.
 
     Raises:
-        UserError: a data set without classes, or with as many as its label table has not.
+        UserError: a dataset without classes, or with as many as its label table has not.
     """
 
     def __init__(
@@ -157,7 +157,7 @@ class SemSegEvaluator(ImageEvaluator):
         self.class_names = list(self.metadata.get("stuff_classes") or ())
         if not self.class_names:
             raise UserError(
-                f"data set {dataset_name!r} has no stuff_classes in its metadata; name its classes"
+                f"dataset {dataset_name!r} has no stuff_classes in its metadata; name its classes"
             )
         self.ignore_label = int(self.metadata.get("ignore_label", 255))
         self.reduce_zero_label = bool(self.metadata.get("reduce_zero_label", False))
@@ -171,7 +171,7 @@ class SemSegEvaluator(ImageEvaluator):
     def _check_table(self, table: label_tables.LabelTable) -> None:
         if table.num_classes != len(self.class_names):
             raise UserError(
-                f"data set {self.dataset_name!r} has {len(self.class_names)} class names, but its "
+                f"dataset {self.dataset_name!r} has {len(self.class_names)} class names, but its "
                 f"label table {table.name!r} has {table.num_classes} classes; correct one of them"
             )
 
@@ -183,7 +183,7 @@ class SemSegEvaluator(ImageEvaluator):
             if "sem_seg_file_name" not in record:
                 raise UserError(
                     f"image {image_key(record)!r} of {self.dataset_name!r} has no label map; "
-                    "semantic evaluation needs a data set with sem_seg_file_name"
+                    "semantic evaluation needs a dataset with sem_seg_file_name"
                 )
             files[image_key(record)] = record["sem_seg_file_name"]
         return files
@@ -193,7 +193,7 @@ class SemSegEvaluator(ImageEvaluator):
         if key not in self.label_files:
             raise UserError(
                 f"image {key!r} was predicted but is not in {self.dataset_name!r}; the test loader "
-                "and the evaluator must use the same data set"
+                "and the evaluator must use the same dataset"
             )
         truth = self._truth(self.label_files[key])
         predicted = class_map(
@@ -259,7 +259,7 @@ class SemSegEvaluator(ImageEvaluator):
         return labels
 
     def _own_values(self, predicted: np.ndarray) -> np.ndarray:
-        """Return what the data set's own label maps would have for predicted classes (H, W)."""
+        """Return what the dataset's own label maps would have for predicted classes (H, W)."""
         if self.label_table:
             return label_tables.get(self.label_table).to_values(predicted)
         count = len(self.class_names)
@@ -268,7 +268,7 @@ class SemSegEvaluator(ImageEvaluator):
         return values.astype(np.uint8 if max(count, none) <= 255 else np.uint16)
 
     def _segments(self, predicted: np.ndarray, image: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """One run-length mask per predicted class, under the data set's own class numbers; images
+        """One run-length mask per predicted class, under the dataset's own class numbers; images
         are numbers where their names are, as in COCO.
         """
         key = str(image_key(image))
@@ -298,7 +298,7 @@ def boundary_metrics(
 
 
 def _file_stem(image: Mapping[str, Any]) -> str:
-    """Return the image's path below its data set's folder, without ending, as far as it is
+    """Return the image's path below its dataset's folder, without ending, as far as it is
     known.
     """
     key = image.get("image_id")

@@ -21,7 +21,7 @@ class CocoResults:
     """Predictions in the form of a COCO annotation file, each annotation with a score.
 
     ``pycocotools`` opens it, and its ``annotations`` alone are a COCO results list. Category ids
-    are the data set's own where the metadata tells them, else 1 + the class index. Masks are kept
+    are the dataset's own where the metadata tells them, else 1 + the class index. Masks are kept
     as run-length codes, so that a long video fits into memory.
     """
 

@@ -41,7 +41,7 @@ class Predictor:
         model: on ``device``, in eval mode; where the config asks for several sizes in tests, a
             :class:`~d2dense.modeling.MultiScaleDetector` of it.
         metadata: class names and colours of the config's first test set; without names where the
-            config's data sets are not known here.
+            config's datasets are not known here.
     """
 
     def __init__(
@@ -133,10 +133,10 @@ def _loaded(config_or_name, overrides: Sequence[str]) -> CfgNode | DictConfig:
 
 
 def _resolve(cfg: CfgNode | DictConfig, device: str | None):
-    """Return the config with its data sets settled, the device, the config's checkpoint, whether
-    pickles may be read, and the data set names.
+    """Return the config with its datasets settled, the device, the config's checkpoint, whether
+    pickles may be read, and the dataset names.
 
-    Predicting needs no data: where data sets are missing, the config is used as it is and class
+    Predicting needs no data: where datasets are missing, the config is used as it is and class
     names stay unknown.
     """
     try:
@@ -168,7 +168,7 @@ def _usable(path: str, overrides: Sequence[str]) -> str:
 
 
 def _metadata(names: Sequence[str]) -> Metadata:
-    """Return the catalog entry of the first data set with class names, or an empty one."""
+    """Return the catalog entry of the first dataset with class names, or an empty one."""
     for name in names:
         metadata = MetadataCatalog.get(name)
         if any(metadata.get(f"{kind}_classes") for kind in ("thing", "stuff", "image")):

@@ -41,10 +41,10 @@ def read_outputs(
 
     Args:
         dataset: registered name, whose category ids are used.
-        sizes: (height, width) of every image of the data set, by id.
+        sizes: (height, width) of every image of the dataset, by id.
 
     Raises:
-        UserError: no such file, another format, or what is not in the data set.
+        UserError: no such file, another format, or what is not in the dataset.
     """
     if any(isinstance(row, Mapping) and "score" not in row for row in read_rows(path)[:1]):
         regions = read_regions(path, dataset, set(sizes))
@@ -56,7 +56,7 @@ def read_outputs(
 def annotated(
     record: Mapping[str, Any], image: np.ndarray, *, ignore_label: int = 255
 ) -> dict[str, Any]:
-    """Return the annotations of a data set's record as a model's output, without scores.
+    """Return the annotations of a dataset's record as a model's output, without scores.
 
     Args:
         image: ``(H, W, 3)``, the record's picture.
@@ -70,7 +70,7 @@ def annotated(
         labels = torch.tensor(read_sem_seg(dict(record), image, ignore_label).astype(np.int64))
         return {"sem_seg": labels.masked_fill(labels == ignore_label, NO_CLASS)}
     if "annotations" not in record:
-        raise UserError("the data set has neither objects nor label maps, which could be drawn")
+        raise UserError("the dataset has neither objects nor label maps, which could be drawn")
     annotations = copy.deepcopy(list(record["annotations"]))
     has_masks = bool(annotations) and all("segmentation" in each for each in annotations)
     if not has_masks:

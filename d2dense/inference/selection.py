@@ -15,7 +15,7 @@ __all__ = ["best_classes", "class_indices", "class_name", "class_names", "select
 
 def class_names(metadata: Metadata, kind: str) -> list[str]:
     """Return the names of ``"thing"``, ``"stuff"`` or ``"image"`` classes (for people, where the
-    data set has such); an empty list where unknown.
+    dataset has such); an empty list where unknown.
     """
     titles = metadata.get("image_class_titles") if kind == "image" else None
     return list(titles or metadata.get(f"{kind}_classes") or [])

@@ -55,7 +55,7 @@ def draw(
 
 
 def class_colour(metadata: Metadata, index: int, kind: str = "thing") -> Colour:
-    """Return the BGR colour of a class: the data set's own, or one that differs from its
+    """Return the BGR colour of a class: the dataset's own, or one that differs from its
     neighbours'.
     """
     own = metadata.get(f"{kind}_colors")

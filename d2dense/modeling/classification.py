@@ -150,7 +150,7 @@ class ImageClassifier(nn.Module):
         if any("label" not in each for each in batched_inputs):
             raise UserError(
                 "an image of the batch has no label; a classifier is trained with INPUT.MAPPER "
-                "classification / ClassificationMapper on data sets of the kind image_folder"
+                "classification / ClassificationMapper on datasets of the kind image_folder"
             )
         labels = torch.tensor([each["label"] for each in batched_inputs])
         return labels.to(self.device, non_blocking=True)

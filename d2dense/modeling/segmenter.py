@@ -94,7 +94,7 @@ class Segmenter(SemanticSegmentor):
             return self._predict(images, batched_inputs)
         if any("sem_seg" not in each for each in batched_inputs):
             raise UserError(
-                "training a segmenter needs label maps; use a data set with them and "
+                "training a segmenter needs label maps; use a dataset with them and "
                 "INPUT.MAPPER semantic / common.semantic_loader"
             )
         for each in batched_inputs:

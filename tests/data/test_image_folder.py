@@ -77,7 +77,7 @@ def test_an_empty_class_keeps_its_number(folder, tmp_path, caplog):
 
 
 def test_expected_classes_must_be_there(folder):
-    with pytest.raises(UserError, match="3 class folders, expected the data set's 2: it is with C"):
+    with pytest.raises(UserError, match="3 class folders, expected the dataset's 2: it is with C"):
         image_folder.load_image_folder(folder, classes=["a dog", "b cat"])
     with pytest.raises(UserError, match="without zebra"):
         image_folder.load_image_folder(folder, classes=["C", "a dog", "b cat", "zebra"])

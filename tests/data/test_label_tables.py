@@ -229,7 +229,7 @@ def test_published_data_sets(published, tmp_path, name, classes, values, meaning
     assert np.array_equal(mapper(dict(train[0]))["sem_seg"].numpy(), expected)
     report = check.check_dataset(f"{name}_train")
     assert report.ok, report.text()
-    # a right prediction is a perfect one, and is submitted as the data set's own label map
+    # a right prediction is a perfect one, and is submitted as the dataset's own label map
     out = tmp_path / "out"
     evaluator = build_evaluator(f"{name}_val", output_dir=str(out), submission=True)
     guess = np.where(expected == 255, 7, expected)

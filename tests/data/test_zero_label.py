@@ -98,7 +98,7 @@ def test_folder_by_config(folder):
 def test_labels_beyond_the_classes_are_named(folder):
     name = datasets.register_custom({"val": {**folder, "classes": ["x", "y"]}})["val"]
     mapper = mappers.SemanticMapper(is_train=True, augmentations=[])
-    with pytest.raises(SampleError, match="has class 2, but its data set has the classes 0 to 1"):
+    with pytest.raises(SampleError, match="has class 2, but its dataset has the classes 0 to 1"):
         mapper(datasets.load(name)[0])
 
 

@@ -1,4 +1,4 @@
-"""Both adapters give the same things and turn the data sets of a config into loaders."""
+"""Both adapters give the same things and turn the datasets of a config into loaders."""
 
 from __future__ import annotations
 

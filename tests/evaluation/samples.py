@@ -1,4 +1,4 @@
-"""Predictions made from ground truth by a seeded generator, and data sets to evaluate them on."""
+"""Predictions made from ground truth by a seeded generator, and datasets to evaluate them on."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from d2dense.data.cityscapes import STUFF, THINGS
 
 
 def register(name, dicts=(), **metadata):
-    """Register ``dicts`` and ``metadata``; an earlier data set of this name is replaced."""
+    """Register ``dicts`` and ``metadata``; an earlier dataset of this name is replaced."""
     unregister(name)
     DatasetCatalog.register(name, lambda: list(dicts))
     MetadataCatalog.get(name).set(**metadata)

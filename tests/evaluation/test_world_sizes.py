@@ -15,7 +15,7 @@ NAMES = ("loop_coco", "loop_lvis", "loop_sem_seg", "loop_instance", "loop_semant
 
 @pytest.fixture(scope="module")
 def roots(tmp_path_factory):
-    """Data sets of 5 images, which neither 2 nor 3 nor 4 divide, and of 1, which leaves processes
+    """Datasets of 5 images, which neither 2 nor 3 nor 4 divide, and of 1, which leaves processes
     without any; one process has evaluated them.
     """
     pytest.importorskip("lvis")

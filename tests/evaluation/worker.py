@@ -102,7 +102,7 @@ def build(root):
 
 
 def run(args):
-    """Evaluate this process's share of every data set in ``args.roots``, dealt out both ways."""
+    """Evaluate this process's share of every dataset in ``args.roots``, dealt out both ways."""
     for root in args.roots:
         for deal in (in_order, padded):
             evaluate_all(Path(root), deal)

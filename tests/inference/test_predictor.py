@@ -151,7 +151,7 @@ def test_exif_orientation_of_files_is_applied(tiny_cfg, picture, tmp_path, orien
     assert (inputs["height"], inputs["width"]) == expected.shape[:2]
 
 
-# Weights and data sets ----------------------------------------------------------------------------
+# Weights and datasets -----------------------------------------------------------------------------
 
 
 class BareMapper:

@@ -113,5 +113,5 @@ def test_the_command_draws_both(dataset, tmp_path, capsys):
 
 
 def test_one_line_without_a_data_set(tmp_path):
-    with pytest.raises(UserError, match="which data set"):
+    with pytest.raises(UserError, match="which dataset"):
         visualize_predictions.main(["--predictions", "x.json", "--output", str(tmp_path)])

@@ -28,7 +28,7 @@ def on_meta(name: str, kind: str = "lazy", *overrides: str) -> torch.nn.Module:
 
 
 def check_model_and_run(name: str) -> None:
-    """Modules, their settings, names and shapes of values; schedule, optimizer and data sets."""
+    """Modules, their settings, names and shapes of values; schedule, optimizer and datasets."""
     by_yaml, by_lazy = (
         experiment(model_zoo.get_config(name, kind), device="cpu") for kind in KINDS
     )

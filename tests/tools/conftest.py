@@ -1,4 +1,4 @@
-"""A tiny data set, and the same tiny training described by both kinds of config."""
+"""A tiny dataset, and the same tiny training described by both kinds of config."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ KEYS = {
 
 @pytest.fixture
 def spoil(tmp_path, coco_set):
-    """Copy the data set; ``spoil(2)`` breaks the picture 2."""
+    """Copy the dataset; ``spoil(2)`` breaks the picture 2."""
     folder = tmp_path / "pictures"
     folder.mkdir()
     for path in Path(coco_set.images).iterdir():

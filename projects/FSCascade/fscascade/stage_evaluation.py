@@ -120,7 +120,7 @@ class ScoresByIoU:
     The scatter of the paper's Fig. 5. Crowd boxes are left out.
 
     Args:
-        truth: ground truth of the data set
+        truth: ground truth of the dataset
         prediction_key: whose detections
         min_iou: detections below are not kept
     """
@@ -166,14 +166,14 @@ def evaluate_stages(
     output_dir: str | Path,
     max_dets: int = 100,
 ) -> dict[str, dict[str, dict[str, float]]]:
-    """Evaluate every stage and ensemble on one data set, and write what the figures need.
+    """Evaluate every stage and ensemble on one dataset, and write what the figures need.
 
     Writes ``results.json`` (AP at every IoU, by stage), the detections of each stage in COCO's
     results format, and ``confidence.csv`` (IoU and score of the last stage's detections).
 
     Args:
         model: any detector, with its weights
-        loader: batches of the data set
+        loader: batches of the dataset
         dataset_name: registered name
 
     Returns:

@@ -263,7 +263,7 @@ def test_a_label_outside_the_classes_ends_training_in_one_line(tmp_path):
         )
     ]
     run = small_run(overrides)
-    with pytest.raises(UserError, match="has class 2, but its data set has the classes 0 to 1"):
+    with pytest.raises(UserError, match="has class 2, but its dataset has the classes 0 to 1"):
         next(iter(run.build_train_loader()))
 
 

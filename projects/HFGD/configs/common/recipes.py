@@ -1,4 +1,4 @@
-"""The paper's two recipes, in parts that data sets share: SGD without and AdamW with changes of
+"""The paper's two recipes, in parts that datasets share: SGD without and AdamW with changes of
 contrast and saturation. Every call returns new nodes.
 """
 
