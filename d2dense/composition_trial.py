@@ -95,7 +95,9 @@ class Head:
 
 
 def lines(source: Source, head: Head, kind: str) -> str:
-    """Return the config lines that put the backbone under the head."""
+    """Return the config lines that put the backbone ``source`` under ``head``; ``kind`` of config
+    is "lazy" or "yaml".
+    """
     names = head.names(source)
     values = {"{names}": _text(names, kind)}
     values |= {f"{{names[{index}]}}": _text(name, kind) for index, name in enumerate(names)}

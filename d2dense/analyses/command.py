@@ -114,6 +114,11 @@ def custom_dataset(args: argparse.Namespace) -> str | None:
 def check_one_each(values: Sequence[Any], flag: str, configs: Sequence[str]) -> None:
     """Require one value per config, or none at all.
 
+    Args:
+        values: of the flag, in the order of the command line.
+        flag: its name, for the message.
+        configs: the command line's ``--config-file``.
+
     Raises:
         UserError: another number of them.
     """
@@ -125,7 +130,9 @@ def check_one_each(values: Sequence[Any], flag: str, configs: Sequence[str]) -> 
 
 
 def per_config(values: Sequence[str], flag: str, configs: Sequence[str]) -> list[str | None]:
-    """Return one value per config, None where the flag was not given at all."""
+    """Return one value per config, None where the flag was not given at all; arguments and errors
+    as of :func:`check_one_each`.
+    """
     check_one_each(values, flag, configs)
     return list(values) if values else [None] * len(configs)
 

@@ -85,8 +85,14 @@ def save_picture(path: Path, figure: Figure, *, dpi: int = 150) -> Path:
 def save(
     path: Path, figure: Figure, header: Sequence[str], rows: Iterable[Sequence[Any]]
 ) -> list[Path]:
-    """Add grids and legends, write ``path`` with the endings ``.png`` and ``.csv``, and return
-    both.
+    """Write a figure, with grids and legends added, and the numbers that it shows.
+
+    Args:
+        path: of both files; its ending becomes ``.png`` and ``.csv``.
+        header, rows: of the CSV file.
+
+    Returns:
+        The picture and the table.
     """
     for axes in figure.axes:
         axes.grid(alpha=0.3)

@@ -42,6 +42,9 @@ def assignments(subject: Subject, records: Records) -> list[Tensor]:
 def changes(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
     """Return the mean number of queries with another object, over the images.
 
+    Args:
+        before, after: V ``(Q,)`` of the same images by two checkpoints, from :func:`assignments`.
+
     Raises:
         UserError: another number of queries.
     """

@@ -77,7 +77,15 @@ def query_report(
     distances: Sequence[ObjectDistance], output: str | Path, *, images: int
 ) -> dict[str, tuple[float, float]]:
     """Write ``query_distance.csv`` (all objects), ``query_distance.png`` (histograms per head) and
-    ``summary.json`` (means per head), and return the means of ``matched`` and ``others``.
+    ``summary.json`` (means per head).
+
+    Args:
+        distances: of the objects of all images and heads.
+        output: folder, made if missing.
+        images: how many images they come from, for the summary.
+
+    Returns:
+        By head, the means of ``matched`` and ``others``.
 
     Raises:
         UserError: no object has both a query and a customised positive.

@@ -312,7 +312,9 @@ class AnnotationReader:
         return result
 
     def note(self, fault: Fault, annotation: dict[str, Any], image: dict[str, Any]) -> None:
-        """Count a warning; raise a :class:`UserError` for an error."""
+        """Count a warning; raise a :class:`UserError` for an error. The message names the
+        ``annotation`` and the ``image`` by their COCO records.
+        """
         where = f"(image {image.get('id')}, {image.get('file_name', 'no file_name')})"
         found = f"annotation {annotation.get('id')} {fault.found} {where}"
         if fault.level == "error":

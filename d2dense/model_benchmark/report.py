@@ -29,7 +29,9 @@ def slug(machine: dict[str, Any]) -> str:
 
 
 def tables(groups: Sequence[Group], settings: Settings, results: Results) -> dict[str, list[Row]]:
-    """Return rows by heading."""
+    """Return the rows of the report's tables by heading, of ``groups`` in their order; headings
+    without rows are left out.
+    """
     found = [_Found(group, settings, results) for group in groups]
     every = {
         "Summary": [row for each in found for row in each.summary()],

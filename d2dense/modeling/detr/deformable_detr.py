@@ -268,7 +268,7 @@ class DeformableDETR(nn.Module):
         return batch
 
     def encode(self, images: ImageList) -> Memory:
-        """Return the encoded maps of all levels."""
+        """Return the encoded maps of all levels of normalized images ``(N, 3, H, W)``."""
         features = self.backbone(images.tensor)
         maps = [features[name] for name in self.in_features]
         if self.neck is not None:

@@ -42,7 +42,9 @@ class FinestLevel(nn.Module):
         self.conv = nn.Conv2d(out_channels, out_channels, 3, padding=1)
 
     def forward(self, c2: Tensor, p3: Tensor) -> Tensor:
-        """Return p2, of the height and width of C2."""
+        """Return p2 ``(N, out_channels, 2 H, 2 W)`` of C2 ``(N, in_channels, 2 H, 2 W)`` and p3
+        ``(N, out_channels, H, W)``.
+        """
         up = F.interpolate(p3, scale_factor=2.0, mode="bilinear", align_corners=False)
         return self.conv(self.norm(up + self.lateral(c2)))
 
@@ -83,7 +85,9 @@ class Pyramid(nn.Module):
         )
 
     def forward(self, c2: Tensor, c3: Tensor, c4: Tensor, c5: Tensor) -> dict[str, Tensor]:
-        """Return the levels by name, ``p<k>`` of ``(N, out_channels, H / 2^k, W / 2^k)``."""
+        """Return the levels by name, ``p<k>`` of ``(N, out_channels, H / 2^k, W / 2^k)``, from maps
+        ``c<k>`` of ``(N, Ck, H / 2^k, W / 2^k)``.
+        """
         p3, p4, p5 = self.lateral[0](c3), self.lateral[1](c4), self.lateral[2](c5)
         levels = {"p3": p3, "p4": p4, "p5": p5}
         if self.finest is not None:

@@ -49,18 +49,20 @@ class StageClassifier(nn.Module):
         self.linear.weight.data.mul_(init_scale)
 
     def embed(self, c5: Tensor) -> Tensor:
-        """Return what the linear layer sees, ``(N, 2048)``."""
+        """Return what the linear layer sees, ``(N, 2048)``, of C5 ``(N, in_channels, H, W)``."""
         return self.norm(self.conv(c5).mean((2, 3)))
 
     def forward(self, c5: Tensor) -> Tensor:
-        """Return ``(N, K)``."""
+        """Return logits ``(N, K)`` of C5 ``(N, in_channels, H, W)``."""
         return self.linear(self.embed(c5))
 
 
 def classifier_of(
     trunk: CEDNetTrunk, *, num_classes: int, init_scale: float = 1.0
 ) -> StageClassifier:
-    """Return a classifier for a stage of ``trunk``, with its norm and activation."""
+    """Return a classifier for a stage of ``trunk``, with its norm and activation; the other
+    arguments are those of :class:`StageClassifier`.
+    """
     return StageClassifier(
         in_channels=trunk.widths[-1],
         num_classes=num_classes,

@@ -80,7 +80,16 @@ def resnet50() -> Body:
 
 
 def swin(size: str, *, drop_path: float, size_divisibility: int = 0) -> Body:
-    """Return a Swin of Microsoft: ``tiny``, ``small``, ``base`` or ``large``."""
+    """Return a Swin as Microsoft made it.
+
+    Args:
+        size: ``tiny``, ``small``, ``base`` or ``large``.
+        drop_path: rate of the last block; it grows linearly from 0.
+        size_divisibility: to what multiple batches are filled up; 0: none.
+
+    Raises:
+        UserError: another size.
+    """
     if size not in _SWINS:
         raise UserError(f"Swin of size {size!r}; expected one of {', '.join(_SWINS)}")
     settings = _SWINS[size]
@@ -151,8 +160,20 @@ def h_deformable_detr(body: Body | None = None, **settings) -> DictConfig:
 def dino(
     body: Body | None = None, *, num_queries: int = 900, levels: int = 5, **settings
 ) -> DictConfig:
-    """Return DINO with 5 levels from stride 4 on, or 4 from stride 8 on."""
-    stride = {5: 4, 4: 8}[levels]
+    """Return DINO.
+
+    Args:
+        body: backbone; ResNet-50 by default.
+        num_queries: how many of the encoder's proposals become queries.
+        levels: 5 from stride 4 on, or 4 from stride 8 on.
+        settings: ``num_classes`` and ``channels`` of :func:`d2dense.config.detr.dino`.
+
+    Raises:
+        UserError: another number of levels.
+    """
+    if levels not in (4, 5):
+        raise UserError(f"DINO with {levels} levels; expected 4 or 5")
+    stride = 4 if levels == 5 else 8
     node = detr.dino(**_finished(body or resnet50(), stride, levels, **settings), **settings)
     node.queries.num_queries = num_queries
     return node

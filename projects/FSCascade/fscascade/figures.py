@@ -105,8 +105,15 @@ def confidence(run: Run) -> list[tuple[float, float, int, float]]:
 
 
 def draw(runs: Sequence[Run], output_dir: str | Path, *, baseline: Run | None = None) -> list[Path]:
-    """Draw all figures and write their numbers, and ``summary.json`` with each stage's mean AP;
-    return the files.
+    """Draw all figures and write their numbers, and ``summary.json`` with each stage's mean AP.
+
+    Args:
+        runs: cascades that are compared.
+        output_dir: folder, made if missing.
+        baseline: what their last stages are measured against, of Figs. 1 and 3 Faster R-CNN.
+
+    Returns:
+        All written files.
     """
     folder = make_folder(output_dir)
     files = []

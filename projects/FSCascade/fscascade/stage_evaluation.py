@@ -97,6 +97,14 @@ def detect_all_stages(
 ) -> dict[str, list[Instances]]:
     """Return the detections of every stage, as if the cascade ended there and its scores alone
     counted, and the result of the whole cascade, as ``ensemble_own_rois``.
+
+    Args:
+        heads: a cascade in eval mode.
+        features: pyramid levels ``(N, C, H / 2^k, W / 2^k)`` by name.
+        proposals: regions of each image.
+
+    Returns:
+        By stage or ensemble, the detections of each image.
     """
     levels = [features[name] for name in heads.box_in_features]
     boxes = [p.proposal_boxes.tensor for p in proposals]

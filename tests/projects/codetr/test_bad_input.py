@@ -7,6 +7,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from codetr import nodes
 from d2dense.errors import UserError
 from d2dense.modeling.detr import DETRCriterion
 from tests.projects.codetr import family
@@ -130,3 +131,17 @@ def test_sizes(base, sizes):
         assert (found.pred_boxes.tensor >= 0).all()
         assert (found.pred_boxes.tensor <= limits).all()
         assert found.scores.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: nodes.dino(levels=3), "DINO with 3 levels; expected 4 or 5"),
+        (lambda: nodes.swin("huge", drop_path=0.1), "Swin of size 'huge'; expected one of tiny, "),
+    ],
+    ids=["levels", "swin"],
+)
+def test_parts_of_configs(build, message):
+    """What a lazy config may ask for and is not there is one line."""
+    with pytest.raises(UserError, match=message):
+        build()

@@ -31,7 +31,9 @@ def sides(points: Tensor, boxes: Tensor) -> Tensor:
 
 
 def boxes_around(points: Tensor, distances: Tensor) -> Tensor:
-    """Return the boxes whose :func:`sides` are at ``distances``."""
+    """Return the xyxy boxes ``(..., 4)`` whose :func:`sides` are at ``distances`` ``(..., 4)`` from
+    ``points`` ``(..., 2)``.
+    """
     return torch.cat([points - distances[..., :2], points + distances[..., 2:]], dim=-1)
 
 

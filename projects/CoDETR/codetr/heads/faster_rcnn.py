@@ -210,7 +210,13 @@ class FasterRCNNHead(AuxiliaryHead):
     def further_losses(
         self, maps: Sequence[Tensor], regions: SampledRegions, instances: Sequence[Instances]
     ) -> dict[str, Tensor]:
-        """Return the losses of further branches on the sampled regions; here there are none."""
+        """Return the losses of further branches on the sampled regions; here there are none.
+
+        Args:
+            maps: levels ``(N, C, H_l, W_l)``, finest first.
+            regions: what :meth:`sample` gave.
+            instances: ground truth per image.
+        """
         return {}
 
     @torch.no_grad()
