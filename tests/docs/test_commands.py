@@ -191,9 +191,7 @@ SHRINK = {
 PROJECTS = sorted(path.name for path in ROOT.glob("projects/*/"))
 
 
-@pytest.mark.parametrize(
-    "project", [None, *(pytest.param(name, marks=pytest.mark.long) for name in PROJECTS)]
-)
+@pytest.mark.parametrize("project", [None, *PROJECTS])
 def test_small_forms_run(project, tmp_path):
     """Those of the general pages or of one project's, in their order, in one process and folder:
     later ones find what earlier ones wrote.
