@@ -150,6 +150,9 @@ def load_weights(
     if all(name.startswith("module.") for name in weights):
         weights = {name.removeprefix("module."): value for name, value in weights.items()}
     weights = _as_own(weights, model, str(path))
+    for name, value in weights.items():
+        if name in own and value.is_complex() and not own[name].is_complex():
+            raise UserError(f"{path}: {name} has complex values, expected {own[name].dtype}")
 
     partial = _partial(weights, own, kept_rows)
     misshaped = tuple(

@@ -52,10 +52,11 @@ class TensorStorage(EventStorage):
         super().__init__(start_iter)
         self._history = defaultdict(lambda: HistoryBuffer(max_length=max_length))
         self._waiting: dict[tuple[str, bool], list[tuple[torch.Tensor, int]]] = defaultdict(list)
+        self._restored: set[str] = set()
 
     def put_scalar(self, name, value, smoothing_hint=True, cur_iter=None) -> None:
         if not isinstance(value, torch.Tensor):
-            super().put_scalar(name, value, smoothing_hint=smoothing_hint, cur_iter=cur_iter)
+            self._put_number(name, value, smoothing_hint, cur_iter)
             return
         name = self._current_prefix + name
         cur_iter = self.iter if cur_iter is None else cur_iter
@@ -83,7 +84,14 @@ class TensorStorage(EventStorage):
         averages = _average({name: read[name, hint] for name, hint in read if name in averaged})
         for (name, hint), values in read.items():
             for iteration, value in averages.get(name, values).items():
-                super().put_scalar(name, value, smoothing_hint=hint, cur_iter=iteration)
+                self._put_number(name, value, hint, iteration)
+
+    def _put_number(self, name: str, value: float, hint: bool, iteration: int | None) -> None:
+        full = self._current_prefix + name
+        if full in self._restored:  # the run may have been stopped to smooth it otherwise
+            self._restored.remove(full)
+            self._smoothing_hints[full] = hint
+        super().put_scalar(name, value, smoothing_hint=hint, cur_iter=iteration)
 
     def recent(self, *, window: int, since: int) -> dict[str, dict[str, Any]]:
         """Return what reports to come still need: values of the ``window`` iterations that end with
@@ -101,10 +109,9 @@ class TensorStorage(EventStorage):
     def restore(self, recent: Mapping[str, Mapping[str, Any]]) -> None:
         """Put back what :meth:`recent` returned."""
         for name, entry in recent.items():
-            for value, iteration in entry["values"]:
-                super().put_scalar(
-                    name, value, smoothing_hint=entry["smoothed"], cur_iter=iteration
-                )
+            for value, iteration in entry.get("values", ()):
+                self._put_number(name, value, entry["smoothed"], iteration)
+            self._restored.add(name)
 
 
 def set_aside(path: str | os.PathLike) -> None:

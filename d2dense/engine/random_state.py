@@ -45,6 +45,8 @@ def restore_process(state: dict[str, Any]) -> None:
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words.tolist()), gauss))
     name, keys, position, has_gauss, cached = state["numpy"]
+    if keys.dtype != torch.int64:
+        raise ValueError(f"numpy's random state has {keys.dtype} words, expected torch.int64")
     np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
     torch.set_rng_state(state["torch"])
     if "cuda" in state and torch.cuda.is_available():

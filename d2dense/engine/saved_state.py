@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import nn
 
 from . import random_state
 
@@ -60,8 +61,8 @@ _CLOSED = ("hooks.StepRecord",)
 _OPEN = ("hooks",)
 
 
-def check_saved(state: Mapping[str, Any]) -> None:
-    """Check the content of a checkpoint before it is taken over.
+def check_saved(state: Mapping[str, Any], model: nn.Module) -> None:
+    """Check the content of a checkpoint before it is taken over by ``model`` and its optimizer.
 
     Raises:
         ValueError: naming the first part that is not what it should be.
@@ -70,6 +71,9 @@ def check_saved(state: Mapping[str, Any]) -> None:
         if name in state:
             _check(state[name], form, name)
     _check_average(state)
+    if not any(tensor.is_complex() for tensor in model.state_dict().values()):
+        for name in ("model", "train_model", "ema", "optimizer"):
+            _check_real(state.get(name), name)
     if "random" in state:
         with random_state.isolated():
             for each in state["random"]:
@@ -126,6 +130,15 @@ def _check_average(state: Mapping[str, Any]) -> None:
     for name, value in state["ema"].get("weights", {}).items():
         if name in own and value.shape != own[name].shape:
             raise ValueError(f"the average of {name} has shape {tuple(value.shape)}")
+
+
+def _check_real(value: Any, name: str) -> None:
+    """Refuse complex tensors: taken over, they would lose their imaginary parts."""
+    if isinstance(value, Mapping):
+        for key, each in value.items():
+            _check_real(each, f"{name}.{key}")
+    elif isinstance(value, torch.Tensor) and value.is_complex():
+        raise ValueError(f"{name} has complex values")
 
 
 def check_loaded(optimizer: torch.optim.Optimizer) -> None:

@@ -432,7 +432,7 @@ class Trainer(TrainerBase):
     def _resume(self, path: str | os.PathLike, state: dict[str, Any]) -> None:
         try:
             check_resumable(state, self.optimizer)
-            check_saved(state)
+            check_saved(state, self.model)
             self.load_state_dict(state)
             check_loaded(self.optimizer)
         except UserError as error:

@@ -224,6 +224,7 @@ def test_leftovers_of_killed_processes_are_removed_and_nothing_else(tmp_path):
         ({3: torch.zeros(2)}, "a weight is named 3"),
         ({"weight": torch.zeros(2, 3).to_sparse()}, "without plain values"),
         ({"weight": torch.zeros(2, 3, device="meta")}, "without plain values"),
+        ({"weight": torch.zeros(2, 3) * 1j}, "weight has complex values, expected torch.float32"),
     ],
 )
 def test_weights_that_are_none_are_one_line(tmp_path, recwarn, model, reason):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from detectron2.utils import comm
 
@@ -61,6 +62,23 @@ def test_long_runs_keep_the_latest_values_only():
     for name in ("plain", "tensor"):
         assert storage.history(name).values() == [(float(i), i) for i in range(950, 1000)]
     assert storage.latest_with_smoothing_hint(20)["tensor"] == (989.5, 999)
+
+
+def test_a_resumed_run_may_smooth_otherwise():
+    with TensorStorage(2) as storage:
+        storage.put_scalar("loss", 3.0)
+        storage.put_scalar("rate", 1.0, smoothing_hint=False)
+        recent = storage.recent(window=20, since=0)
+    with TensorStorage(3) as storage:
+        storage.restore(recent)
+        assert storage.smoothing_hints() == {"loss": True, "rate": False}
+        storage.put_scalar("loss", torch.tensor(5.0), smoothing_hint=False)
+        storage.put_scalar("rate", 2.0)
+        storage.flush()
+        assert storage.smoothing_hints() == {"loss": False, "rate": True}
+        assert storage.latest_with_smoothing_hint() == {"loss": (5.0, 3), "rate": (1.5, 3)}
+        with pytest.raises(AssertionError, match="different smoothing_hint"):
+            storage.put_scalar("rate", 2.0, smoothing_hint=False)
 
 
 def test_processes_without_writers_keep_no_pictures(monkeypatch):

@@ -34,6 +34,14 @@ def test_what_was_saved_is_taken(content, tmp_path):
     assert trainer.completed == 4
 
 
+def test_a_history_without_values_is_none(content, tmp_path):
+    emptied = copy.deepcopy(content)
+    emptied["hooks"]["StepRecord"]["recent"]["loss_first"].clear()
+    trainer = resume(emptied, tmp_path)
+    trainer.train()
+    assert trainer.completed == 4
+
+
 SPOILED = {
     "iteration of text": (lambda c: c.update(iteration="1"), "iteration is '1'"),
     "negative iteration": (lambda c: c.update(iteration=-7), "iteration is -7"),
@@ -45,6 +53,10 @@ SPOILED = {
     "random state of another kind": (
         lambda c: c["random"][0].update(python=[3, 4]),
         "cannot resume",
+    ),
+    "random words that are no whole numbers": (
+        lambda c: c["random"][0]["numpy"].__setitem__(1, torch.full((624,), float("nan"))),
+        "numpy's random state has torch.float32 words",
     ),
     "short random state": (lambda c: c["random"][0].update(torch=torch.zeros(3)), "cannot resume"),
     "a part that would hide a method": (
@@ -67,6 +79,14 @@ SPOILED = {
     "another shape of an average": (
         lambda c: c["ema"]["weights"].update({"stem.weight": torch.zeros(1)}),
         r"average of stem\.weight",
+    ),
+    "complex weights": (
+        lambda c: c["train_model"].update({"stem.weight": torch.zeros(4, 3, 3, 3) * 1j}),
+        r"train_model\.stem\.weight has complex values",
+    ),
+    "a complex momentum": (
+        lambda c: c["optimizer"]["state"][0].update(momentum_buffer=torch.zeros(4, 3, 3, 3) * 1j),
+        r"momentum_buffer has complex values",
     ),
     "another shape of a momentum": (
         lambda c: c["optimizer"]["state"][0].update(momentum_buffer=torch.zeros(2)),
