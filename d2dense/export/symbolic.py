@@ -80,6 +80,7 @@ def symbolic_sizes() -> Iterator[None]:
             ("detectron2.modeling.anchor_generator._create_grid_offsets", _grid_offsets),
             (f"{_RPN}.rpn.find_top_rpn_proposals", _find_proposals),
             (f"{_BOXES}.fast_rcnn_inference_single_image", _detections),
+            ("detectron2.modeling.meta_arch.dense_detector.permute_to_N_HWA_K", _rows_of_anchors),
             ("d2dense.modeling.batched_cascade.pool_lists", _pool_lists),
             ("d2dense.modeling.necks.pyramid._resized", _resized),
             # the builtin turns a symbolic size into a number
@@ -178,6 +179,15 @@ def _grid_offsets(
     )
     y, x = torch.meshgrid(y, x, indexing="ij")
     return x.flatten().to(torch.float32), y.flatten().to(torch.float32)
+
+
+def _rows_of_anchors(maps: Tensor, values: int) -> Tensor:
+    """Detectron2's ``permute_to_N_HWA_K``, with a copy always: where the recorded layout needs
+    none, what ONNX is made of has another layout.
+    """
+    images, _, height, width = maps.shape
+    rows = maps.view(images, -1, values, height, width).permute(0, 3, 4, 1, 2)
+    return rows.clone(memory_format=torch.contiguous_format).view(images, -1, values)
 
 
 def _set_boxes(self: Boxes, tensor: Tensor) -> None:
