@@ -35,6 +35,8 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
+_LONGEST_ETA = 1e12  # seconds; a timedelta holds little more
+
 
 class TensorStorage(EventStorage):
     """Detectron2's storage, except that tensors wait on their device until :meth:`flush`.
@@ -189,7 +191,7 @@ class ConsoleWriter(EventWriter):
         latest = {name: value for name, (value, _) in shown.items()}
         # not the storage's, which is one ahead where a resumed run reports what it had done before
         _, iteration = shown["lr"]
-        eta = datetime.timedelta(seconds=round(latest["eta_seconds"]))
+        eta = datetime.timedelta(seconds=round(min(latest["eta_seconds"], _LONGEST_ETA)))
         losses = [f"{name} {latest[name]:.4g}" for name in sorted(latest) if "loss" in name]
         # the sum first: with several terms it is what one looks at
         losses.sort(key=lambda text: not text.startswith("total_loss"))

@@ -16,11 +16,13 @@ from . import random_state
 
 __all__ = ["check_loaded", "check_saved"]
 
-# A form is a type, a list with the form of its entries, a tuple with one form for each entry, or a
-# dict of forms; the keys ``str`` and ``int`` stand for all keys of their type, any other one is
+# A form is a type, a range, "seconds", a list with the form of its entries, a tuple with one form
+# for each entry, or a dict of forms; the keys ``str`` and ``int`` stand for all keys of their type, any other one is
 # needed unless all are absent.
 _COUNT = range(0, 2**62)
 _ITERATION = range(-1, 2**62)
+_SECONDS = "seconds"
+_LONGEST = 1e9  # seconds, 30 years
 _FORMS = {
     "iteration": _ITERATION,
     "skipped_steps": _COUNT,
@@ -44,8 +46,8 @@ _FORMS = {
             "recent": {str: {"smoothed": bool, "values": [(float, _ITERATION)]}},
             "steps": _COUNT,
             "images": _COUNT,
-            "data_seconds": float,
-            "earlier_seconds": float,
+            "data_seconds": _SECONDS,
+            "earlier_seconds": _SECONDS,
         },
         "PeriodicEvaluation": {
             "last_done": _COUNT,
@@ -84,6 +86,9 @@ def _check(value: Any, form: Any, name: str) -> None:
     if isinstance(form, range):
         if type(value) is not int or value not in form:
             raise ValueError(f"{name} is {value!r}, expected a whole number from {form.start}")
+    elif form == _SECONDS:
+        if type(value) not in (int, float) or not 0 <= value < _LONGEST:
+            raise ValueError(f"{name} is {value!r:.50}, expected seconds")
     elif form is float:
         if type(value) not in (int, float) or (type(value) is int and abs(value) >= 2**63):
             raise _wrong(name, value, "a number")

@@ -64,6 +64,14 @@ SPOILED = {
         r"hooks\.StepRecord",
     ),
     "a count of text": (lambda c: c["hooks"]["StepRecord"].update(steps="x"), r"StepRecord\.steps"),
+    "negative seconds": (
+        lambda c: c["hooks"]["StepRecord"].update(earlier_seconds=-1e300),
+        r"earlier_seconds is -1e\+300, expected seconds",
+    ),
+    "seconds that are no number": (
+        lambda c: c["hooks"]["StepRecord"].update(data_seconds=float("nan")),
+        r"data_seconds is nan",
+    ),
     "values that are no pairs": (
         lambda c: c["hooks"]["StepRecord"]["recent"]["loss_first"].update(values=[[1.0]]),
         r"values\.0 has 1 entries",
