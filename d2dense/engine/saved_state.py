@@ -17,8 +17,8 @@ from . import random_state
 __all__ = ["check_loaded", "check_saved"]
 
 # A form is a type, a range, "seconds", a list with the form of its entries, a tuple with one form
-# for each entry, or a dict of forms; the keys ``str`` and ``int`` stand for all keys of their type, any other one is
-# needed unless all are absent.
+# for each entry, or a dict of forms; the keys ``str`` and ``int`` stand for all keys of their type,
+# any other one is needed unless all are absent.
 _COUNT = range(0, 2**62)
 _ITERATION = range(-1, 2**62)
 _SECONDS = "seconds"
