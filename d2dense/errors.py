@@ -139,14 +139,19 @@ def one_or_more(text: str) -> int:
 
 def run_tool(main: Callable[[], int | None]) -> int:
     """Run a tool's ``main`` and return its exit code; a :class:`UserError` is one line on stderr
-    and code 2 (or what its class says).
+    and code 2 (or what its class says), and so is a file or folder that the system refuses.
     """
     _quiet_known_warnings()
     try:
         return main() or 0
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+        reason = error
+    except OSError as error:
+        if not isinstance(error.filename, (str, bytes)):
+            raise
+        reason = UserError(f"{os.fsdecode(error.filename)}: {error.strerror}")
+    print(f"error: {reason}", file=sys.stderr)
+    return reason.exit_code
 
 
 def _quiet_known_warnings() -> None:

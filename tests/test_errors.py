@@ -15,6 +15,19 @@ def test_user_error_is_one_line_and_code_2(capsys):
     assert capsys.readouterr().err == "error: first part; second part\n"
 
 
+def test_a_refused_file_is_one_line(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    for path, reason in (("file/below", "Not a directory"), (".", "Is a directory")):
+        assert run_tool(lambda path=path: (tmp_path / path).write_text("")) == 2
+        assert capsys.readouterr().err == f"error: {tmp_path / path}: {reason}\n"
+    with pytest.raises(BrokenPipeError):
+        run_tool(_break)
+
+
+def _break():
+    raise BrokenPipeError("no file's")
+
+
 def test_result_passes_through_and_a_defect_is_not_hidden():
     assert run_tool(lambda: None) == 0
     assert run_tool(lambda: 1) == 1

@@ -183,7 +183,7 @@ def _base_path(base: str, folder: Path) -> Path:
     leads to another project wherever that is installed.
     """
     path = Path(os.path.realpath(folder / os.path.expanduser(base)))
-    if path.is_file() or path.suffix in (".yaml", ".yml"):
+    if os.path.isfile(path) or path.suffix in (".yaml", ".yml"):
         return path
     if base in list_models("yaml"):
         return get_config_file(base, "yaml")

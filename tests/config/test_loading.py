@@ -198,6 +198,7 @@ def _bomb(levels: int) -> str:
         ("_BASE_: a.yaml", "leads back"),
         ("_BASE_: [b.yaml]\nSEED: 1", "b.yaml"),
         ("_BASE_: 3", "_BASE_"),
+        (f"_BASE_: {'x' * 5000}", "too long"),
         ('_BASE_: "a\\0.yaml"', "_BASE_"),
         ('OUTPUT_DIR: "\\ud800"', "surrogates"),
     ],
