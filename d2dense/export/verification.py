@@ -15,7 +15,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torch.nn import functional as F
 
-from .adapters import Adapter
+from .adapters import BOXES, Adapter
 
 __all__ = ["CheckError", "FreshServer", "ImageCheck", "check_images", "verify"]
 
@@ -40,8 +40,9 @@ class ImageCheck:
     Attributes:
         height, width: of the image.
         found: number of detections (for semantic segmentation: of pixels).
-        error: largest difference of any output value, relative to the value where that is above 1;
-            detections whose scores differ by no more than the tolerance may be in any order.
+        error: largest difference of any output value: of boxes relative to the image's longer
+            side, of others relative to the value where that is above 1; detections whose scores
+            differ by no more than the tolerance may be in any order.
     """
 
     height: int
@@ -196,9 +197,11 @@ def _compare(
         order = _order(expected, found, expected[names.index("scores")], tolerance)
         found = [each[order] for each in found]
     error = 0.0
-    for a, b in zip(expected, found):
+    for output, a, b in zip(adapter.outputs, expected, found):
         if a.numel():
-            difference = (a.double() - b.double()).abs() / a.double().abs().clamp(min=1)
+            # a box is no more precise for being near the image's origin
+            scale = max(height, width) if output is BOXES else a.double().abs().clamp(min=1)
+            difference = (a.double() - b.double()).abs() / scale
             # NaN counts as a difference unless both have it
             difference[a.isnan() & b.isnan()] = 0
             error = max(error, float(difference.nan_to_num(nan=float("inf")).max()))
