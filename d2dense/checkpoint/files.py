@@ -123,8 +123,9 @@ def _check_zip(local: Path, path: object) -> None:
         raise _damaged(path, error) from error
     # one taken for a folder is not read by torch.load, which leaves its tensor uninitialised
     folders = [r.filename for r in records if r.external_attr & _ZIP_FOLDER and not r.is_dir()]
-    if altered is not None or folders:
-        raise _damaged(path, f"the record {altered or folders[0]} was altered")
+    wrong = folders if altered is None else [altered]
+    if wrong:
+        raise _damaged(path, f"the record {wrong[0]!r} was altered")
 
 
 def _read_torch(local: Path, path: object, allow_pickle: bool) -> Any:

@@ -104,6 +104,15 @@ def test_a_record_taken_for_a_folder_is_damage(tmp_path):
             checkpoint.read(path)
 
 
+def test_an_altered_record_without_a_name_is_damage(tmp_path):
+    path = tmp_path / "a.pth"
+    data = saved(path)
+    assert data.count(b"a/byteorder") == 2
+    path.write_bytes(data.replace(b"a/byteorder", b"\0/byteorder").replace(b"little", b"litter"))
+    with pytest.raises(DamagedError, match="the record '' was altered"):
+        checkpoint.read(path)
+
+
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_altered_bytes_of_the_old_format_are_no_traceback(tmp_path):
     """It has no checksums, so not all can be found."""
