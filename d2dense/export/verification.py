@@ -28,6 +28,14 @@ _CONTRAST = 0.1  # of the pale image
 
 _FAR = 1e9
 
+# Two scores that are equal but for rounding may come in either order, and with them whatever hangs
+# on the order, such as which of DINO's contents goes with which proposal. An image with such scores
+# cannot decide. One is known by what a change far below any camera's does to the model: so many
+# grey levels of 255, drawn so many times.
+_UNSEEN, _DRAWS = 1e-4, 4
+# How often an image that cannot decide is replaced by itself, moved by so many pixels.
+_ATTEMPTS, _MOVE = 8, (7, 11)
+
 
 class CheckError(Exception):
     """The exported model does not compute what the model does."""
@@ -83,6 +91,9 @@ def verify(
 ) -> list[ImageCheck]:
     """Run the file in a fresh process without our packages and compare it with eager code.
 
+    An image on which the model itself answers otherwise after a change that nobody could see is
+    replaced by the same one, moved around its edges, until it is another or has been several times.
+
     Args:
         path: of any format.
         adapter: the model that was exported, on the CPU, in evaluation mode.
@@ -95,18 +106,21 @@ def verify(
     """
     if adapter.training:
         raise ValueError("the model must be in evaluation mode")
-    results = _run_fresh(Path(path), images) if server is None else server.run(Path(path), images)
-    checks = []
-    for image, found in zip(images, results):
-        with torch.no_grad():
-            expected = adapter(image)
-        checks.append(_compare(adapter, image, expected, found, tolerance))
-    worst = max(checks, key=lambda check: check.error)
-    if not worst.error <= tolerance:
-        raise CheckError(
-            f"largest error {worst.error:.1e} > {tolerance:.0e} on an image of {worst.width} x "
-            f"{worst.height}"
-        )
+    run = _run_fresh if server is None else server.run
+    checks: list[ImageCheck] = []
+    for attempt in range(1, _ATTEMPTS + 1):
+        undecided = []
+        for image, found in zip(images, run(Path(path), images)):
+            expected = _answer(adapter, image)
+            try:
+                checks.append(_check(adapter, image, expected, found, tolerance))
+            except CheckError:
+                if attempt == _ATTEMPTS or _decides(adapter, image, expected, tolerance):
+                    raise
+                undecided.append(image.roll(_MOVE, dims=(1, 2)))
+        if not undecided:
+            break
+        images = undecided
     return checks
 
 
@@ -173,6 +187,41 @@ def _run_fresh(
             for name in found.files:  # image.output, in order
                 results[int(name.partition(".")[0])].append(torch.from_numpy(found[name]))
         return results
+
+
+@torch.no_grad()
+def _answer(adapter: Adapter, image: Tensor) -> Sequence[Tensor]:
+    return adapter(image)
+
+
+def _check(
+    adapter: Adapter,
+    image: Tensor,
+    expected: Sequence[Tensor],
+    found: Sequence[Tensor],
+    tolerance: float,
+) -> ImageCheck:
+    """Compare two answers; raise a ``CheckError`` if they differ."""
+    check = _compare(adapter, image, expected, found, tolerance)
+    if not check.error <= tolerance:
+        raise CheckError(
+            f"largest error {check.error:.1e} > {tolerance:.0e} on an image of {check.width} x "
+            f"{check.height}"
+        )
+    return check
+
+
+def _decides(adapter: Adapter, image: Tensor, expected: Sequence[Tensor], tolerance: float) -> bool:
+    """Whether the model's answer stays the same under changes of the image that nobody sees."""
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(_DRAWS):
+        noise = torch.rand(image.shape, generator=generator) * 2 - 1
+        answer = _answer(adapter, image.float() + _UNSEEN * noise)
+        try:
+            _check(adapter, image, expected, answer, tolerance)
+        except CheckError:
+            return False
+    return True
 
 
 def _compare(

@@ -149,6 +149,75 @@ def test_scores_within_the_tolerance_have_no_order(tmp_path, gap, fine):
             verify(path, ranked, [picture(36, 36)])
 
 
+class _Ordered(Adapter):
+    """Two boxes, by the rank of two scores: the brightness of the upper corners."""
+
+    outputs = (BOXES, SCORES)
+
+    def forward(self, image):
+        left, right = image[:, 0, 0].float().mean(), image[:, 0, -1].float().mean()
+        order = (torch.stack([left, right]) * (1 + self.model.weight[0])).argsort()
+        boxes = torch.tensor([[0.0, 0.0, 9.0, 9.0], [9.0, 9.0, 20.0, 20.0]])
+        return boxes[order], self.model.weight[1]
+
+
+@pytest.fixture
+def ordered(tmp_path):
+    """A model and its file, which ranks scores that differ by rounding otherwise."""
+    adapter = _Ordered(torch.nn.Linear(2, 2, bias=False)).eval()
+    adapter.model.weight.data = torch.tensor([[1e-7, 0.0], [0.9, 0.1]])
+    path = saved(adapter, tmp_path / "ordered.ts")
+    adapter.model.weight.data[0] = torch.tensor([0.0, 1e-7])
+    return adapter, path
+
+
+def tied(height, width):
+    """An image whose upper corners have the same colour."""
+    image = picture(height, width)
+    image[:, 0, -1] = image[:, 0, 0]
+    return image
+
+
+@pytest.fixture
+def runs(monkeypatch):
+    """The images that the file was run on, call by call."""
+    calls = []
+
+    def run(path, images):
+        calls.append(images)
+        return run_here(path, images)
+
+    monkeypatch.setattr(verification, "_run_fresh", run)
+    return calls
+
+
+def test_an_image_that_cannot_decide_is_moved(ordered, runs):
+    adapter, path = ordered
+    other = picture(50, 60)
+    checks = verify(path, adapter, [tied(40, 60), other])
+    assert [len(images) for images in runs] == [2, 1]
+    assert runs[1][0].shape == (3, 40, 60)
+    assert sorted((check.height, check.width) for check in checks) == [(40, 60), (50, 60)]
+    assert max(check.error for check in checks) <= 1e-6
+
+
+def test_if_no_image_decides_the_file_is_not_right(ordered, runs):
+    adapter, path = ordered
+    with pytest.raises(CheckError, match="largest error"):
+        verify(path, adapter, [torch.full((3, 40, 60), 90, dtype=torch.uint8)])
+    assert len(runs) == 8
+
+
+def test_a_wrong_file_has_one_chance(ordered, runs):
+    adapter, path = ordered
+    image = picture(50, 60)
+    image[:, 0, 0], image[:, 0, -1] = 200, 100
+    adapter.model.weight.data[0] = torch.tensor([0.0, 9.0])
+    with pytest.raises(CheckError, match="largest error"):
+        verify(path, adapter, [image])
+    assert len(runs) == 1
+
+
 @pytest.mark.usefixtures("in_process")
 def test_nan_is_a_difference(tmp_path, toy):
     path = saved(toy, tmp_path / "toy.ts")
