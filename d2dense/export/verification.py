@@ -30,9 +30,10 @@ _FAR = 1e9
 
 # Two scores that are equal but for rounding may come in either order, and with them whatever hangs
 # on the order, such as which of DINO's contents goes with which proposal. An image with such scores
-# cannot decide. One is known by what a change far below any camera's does to the model: so many
-# grey levels of 255, drawn so many times.
-_UNSEEN, _DRAWS = 1e-4, 4
+# cannot decide. One is known by what a change does to the model that is far below the steps of the
+# 255 grey levels: so many of them, drawn so many times. It is well above rounding, or it would miss
+# ties that rounding decides.
+_UNSEEN, _DRAWS = 1e-2, 4
 # How often an image that cannot decide is replaced by itself, moved by so many pixels.
 _ATTEMPTS, _MOVE = 8, (7, 11)
 
