@@ -126,6 +126,7 @@ class Matrix:
             each["names"] = names[key]
         reasons: dict[str, int] = {}
         tables: dict[str, list[dict[str, Any]]] = {}
+        command = self.command
         for key, row in rows.items():
             for name in row["names"]:
                 project = name.split("/")[0]
@@ -134,11 +135,12 @@ class Matrix:
                 tables.setdefault(f"{project}, reduced", []).append(line)
         for lines in tables.values():
             lines.sort(key=lambda line: line["model"])
-        full = [key for key in self.results if key.startswith("full ")]
+        full = sorted(key for key in self.results if key.startswith("full "))
         if full:
-            tables["Full size"] = [self._full_row(key, reasons) for key in sorted(full)]
+            tables["Full size"] = [self._full_row(key, reasons) for key in full]
+            command = " ".join([command, "--full", *(name for key in full for name in names[key])])
         notes = [*_NOTES, *(f"[{number}] {reason}" for reason, number in reasons.items())]
-        text = write_report(self.path, title=_TITLE, command=self.command, rows=tables, notes=notes)
+        text = write_report(self.path, title=_TITLE, command=command, rows=tables, notes=notes)
         file = self.path.with_suffix(".json")
         file.write_text(
             json.dumps({**json.loads(file.read_text()), "results": self.results}, indent=1) + "\n"

@@ -55,9 +55,10 @@ def test_what_fails_is_tried_again(tmp_path, monkeypatch):
     assert "[1] RuntimeError: no kernel\n" in (tmp_path / "export.md").read_text()
     works = {"error": 2e-6, "found": 1, "bytes": 1, "seconds": 0.1}
     monkeypatch.setattr(matrix, "_export", lambda *args: works)
-    found = matrix.Matrix(tmp_path / "export", command="")
+    found = matrix.Matrix(tmp_path / "export", command="the tool")
     found.run(rows, ways=["trace"], full=TINY[:1])
     report = json.loads((tmp_path / "export.json").read_text())
+    assert report["command"] == f"the tool --full {TINY[0]}"
     assert report["rows"]["CEDNet, reduced"][0]["trace"] == "ok, 2e-06"
     assert report["rows"]["Full size"][0]["trace"] == "ok, 2e-06, 0 MiB, 0 s"
 
