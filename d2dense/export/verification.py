@@ -195,23 +195,6 @@ def _answer(adapter: Adapter, image: Tensor) -> Sequence[Tensor]:
     return adapter(image)
 
 
-def _check(
-    adapter: Adapter,
-    image: Tensor,
-    expected: Sequence[Tensor],
-    found: Sequence[Tensor],
-    tolerance: float,
-) -> ImageCheck:
-    """Compare two answers; raise a ``CheckError`` if they differ."""
-    check = _compare(adapter, image, expected, found, tolerance)
-    if not check.error <= tolerance:
-        raise CheckError(
-            f"largest error {check.error:.1e} > {tolerance:.0e} on an image of {check.width} x "
-            f"{check.height}"
-        )
-    return check
-
-
 def _decides(adapter: Adapter, image: Tensor, expected: Sequence[Tensor], tolerance: float) -> bool:
     """Whether the model's answer stays the same under changes of the image that nobody sees."""
     generator = torch.Generator().manual_seed(0)
@@ -225,13 +208,14 @@ def _decides(adapter: Adapter, image: Tensor, expected: Sequence[Tensor], tolera
     return True
 
 
-def _compare(
+def _check(
     adapter: Adapter,
     image: Tensor,
     expected: Sequence[Tensor],
     found: Sequence[Tensor],
     tolerance: float,
 ) -> ImageCheck:
+    """Compare two answers; raise a ``CheckError`` if they differ."""
     height, width = image.shape[1:]
     where = f"on an image of {width} x {height}"
     if len(found) != len(adapter.outputs):
@@ -255,6 +239,8 @@ def _compare(
             # NaN counts as a difference unless both have it
             difference[a.isnan() & b.isnan()] = 0
             error = max(error, float(difference.nan_to_num(nan=float("inf")).max()))
+    if not error <= tolerance:
+        raise CheckError(f"largest error {error:.1e} > {tolerance:.0e} {where}")
     found_here = expected[0].shape[0] if adapter.task == "detection" else height * width
     return ImageCheck(height=height, width=width, found=found_here, error=error)
 

@@ -158,7 +158,7 @@ class _Ordered(Adapter):
         left, right = image[:, 0, 0].float().mean(), image[:, 0, -1].float().mean()
         order = (torch.stack([left, right]) * (1 + self.model.weight[0])).argsort()
         boxes = torch.tensor([[0.0, 0.0, 9.0, 9.0], [9.0, 9.0, 20.0, 20.0]])
-        return boxes[order], self.model.weight[1]
+        return boxes[order], self.model.weight[1].detach()
 
 
 @pytest.fixture
