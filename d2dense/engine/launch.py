@@ -170,7 +170,8 @@ def _wait_for_one(processes: list[BaseProcess]) -> BaseProcess | None:
     To be asked before PyTorch learns of it and kills the others.
     """
     alive: dict[Any, BaseProcess] = {p.sentinel: p for p in processes if p.exitcode is None}
-    for sentinel in wait(list(alive)):
+    # of none, ``wait`` would never return: the last ones may have ended since PyTorch looked
+    for sentinel in wait(list(alive)) if alive else ():
         alive[sentinel].join()  # it has let go of its pipe, but may not have its exit code yet
     return next((each for each in processes if (each.exitcode or 0) < 0), None)
 

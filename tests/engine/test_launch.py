@@ -121,6 +121,21 @@ def test_a_killed_process_ends_the_others_and_is_named(monkeypatch, capsys):
     assert capsys.readouterr().err.count("\n") == 1
 
 
+class _Ended:
+    """A process of which all is known."""
+
+    def __init__(self, exitcode):
+        self.exitcode = exitcode
+
+
+@pytest.mark.timeout(30)
+def test_waiting_for_processes_that_have_all_ended_returns_at_once():
+    """The last two may end between two looks, so that the second one finds nobody alive."""
+    assert launching._wait_for_one([_Ended(0), _Ended(0)]) is None
+    ended = [_Ended(0), _Ended(-9)]
+    assert launching._wait_for_one(ended) is ended[1]
+
+
 def test_a_users_mistake_in_a_process_is_one_user_error():
     with pytest.raises(UserError, match=r"^found one thing, expected another$"):
         launch(workers.fail_on_the_second, workers.arguments())
