@@ -38,10 +38,9 @@ _TITLE = "What can be exported how"
 _SIZE = (96, 128)
 _NOTES = [
     "A figure is the largest error of any output value of the file, run in a fresh process without "
-    "this project, at two other image sizes and on a pale image, against the model: of boxes "
-    "relative to the image's longer side, of others relative where values are above 1. Weights are "
-    "random, the last layers scaled so that scores and boxes differ. Pictures are small, those of "
-    "full-size models too.",
+    "this project, at two other image sizes and on a pale image, against the model; relative "
+    "where values are above 1. Weights are random, the last layers scaled so that scores and boxes "
+    "differ. Pictures are small, those of full-size models too.",
     "Reduced: one or two blocks or layers of each kind, by d2dense.export.reduction. Models that "
     "differ only in what training reads, in their number of classes or, reduced, in their depth "
     "and the width of their backbone are one model then, tried once.",

@@ -62,48 +62,15 @@ def test_real_model_passes(tmp_path):
     assert checks[0].found > 0
 
 
-class _Values(Adapter):
-    outputs = (SCORES,)
-
-    def forward(self, image):
-        return (image.float().mean(dim=(0, 2)) * self.model.weight[0, 0],)
-
-
 @pytest.mark.usefixtures("in_process")
-def test_relative_error_is_reported(tmp_path):
-    values = _Values(torch.nn.Linear(1, 1, bias=False)).eval()
-    values.model.weight.data.fill_(0.5)
-    path = saved(values, tmp_path / "values.ts")
+def test_relative_error_is_reported(tmp_path, toy):
+    path = saved(toy, tmp_path / "toy.ts")
     images = check_images(picture(64, 64))
-    values.model.weight.data *= 1 + 1e-3
+    toy.model.weight.data *= 1 + 1e-3
     with pytest.raises(CheckError, match=r"largest error 1\.0e-03 > 1e-04"):
-        verify(path, values, images)
-    checks = verify(path, values, images, tolerance=2e-3)
+        verify(path, toy, images)
+    checks = verify(path, toy, images, tolerance=2e-3)
     assert max(check.error for check in checks) == pytest.approx(1e-3, rel=0.01)
-
-
-class _OneBox(Adapter):
-    outputs = (BOXES,)
-
-    def forward(self, image):
-        return (self.model.weight + 0 * image.float().mean(),)
-
-
-@pytest.mark.usefixtures("in_process")
-def test_the_error_of_a_box_does_not_depend_on_its_place(tmp_path):
-    boxes = _OneBox(torch.nn.Linear(4, 2, bias=False)).eval()
-    boxes.model.weight.data = torch.tensor([[0.0, 0, 2, 2], [60, 60, 62, 62]])
-    path = saved(boxes, tmp_path / "boxes.ts")
-    images = check_images(picture(64, 64))
-    for row in range(2):
-        shifted = _OneBox(torch.nn.Linear(4, 2, bias=False)).eval()
-        shifted.model.weight.data = boxes.model.weight.data.clone()
-        shifted.model.weight.data[row] += 0.02  # pixels
-        checks = verify(path, shifted, images, tolerance=1e-3)
-        for check in checks:
-            assert check.error == pytest.approx(0.02 / max(check.height, check.width), rel=0.01)
-        with pytest.raises(CheckError, match="largest error"):
-            verify(path, shifted, images)
 
 
 @pytest.mark.usefixtures("in_process")
@@ -143,10 +110,10 @@ def test_scores_within_the_tolerance_have_no_order(tmp_path, gap, fine):
 
     path = saved(Swapped(ranked.model), tmp_path / "toy.ts")
     if fine:
-        assert max(check.error for check in verify(path, ranked, [picture(36, 36)])) <= 1e-4
+        assert max(check.error for check in verify(path, ranked, [picture(40, 40)])) <= 1e-4
     else:
-        with pytest.raises(CheckError, match=r"largest error 2\.5e-01"):
-            verify(path, ranked, [picture(36, 36)])
+        with pytest.raises(CheckError, match=r"largest error 9\.0e\+00"):
+            verify(path, ranked, [picture(40, 40)])
 
 
 class _Ordered(Adapter):

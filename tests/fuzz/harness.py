@@ -77,10 +77,8 @@ def attempt(function: Callable[[], T]) -> T | None:
 
 
 def _is_expected(warning: warnings.WarningMessage) -> bool:
-    """Whether Python hides a warning from users, or it says what they asked for; of their own
-    Python text, what is odd about its syntax.
-    """
-    hidden = issubclass(warning.category, DeprecationWarning | FutureWarning | SyntaxWarning)
+    """Whether Python hides a warning from users, or it says what they asked for."""
+    hidden = issubclass(warning.category, DeprecationWarning | FutureWarning)
     return hidden or "zero-element tensors" in str(warning.message)
 
 
